@@ -1,0 +1,1 @@
+"""fastsitch: model stitching as one batched computation."""
