@@ -1,0 +1,1 @@
+"""The command line: flags become a configuration, one library call, then text."""

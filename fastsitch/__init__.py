@@ -1,1 +1,35 @@
-"""fastsitch: model stitching as one batched computation."""
+"""fastsitch: model stitching as one batched computation.
+
+Freeze a sender A and a receiver B, learn a small linear stitch from A's representation at position i to B's at
+position j, and take the accuracy of the stitched network as their functional similarity.
+
+Shape suffixes, everywhere: K stitches in a group, B images of a mini-batch, N images in all, S sender positions of
+one shape; H W C sender height, width, channels; P Q D receiver height, width, channels; F features and M rows of a
+stitch's GEMM. Tensors are channels-last in memory.
+"""
+
+from fastsitch.api import configure_sweep, estimate, open_run, precompute, sweep, train
+from fastsitch.data import load_dataset
+from fastsitch.errors import FastsitchError
+from fastsitch.networks.chain import Chain, Position
+from fastsitch.report.heatmap import plot_run
+from fastsitch.sweep.export import export_run
+from fastsitch.sweep.results import Run
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Chain",
+    "FastsitchError",
+    "Position",
+    "Run",
+    "configure_sweep",
+    "estimate",
+    "export_run",
+    "load_dataset",
+    "open_run",
+    "plot_run",
+    "precompute",
+    "sweep",
+    "train",
+]

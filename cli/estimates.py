@@ -1,0 +1,63 @@
+"""The text of ``sweep --dry-run``."""
+
+from collections import Counter
+
+import typer
+
+from fastsitch.cli.console import duration, size, table
+from fastsitch.networks.names import NetworkName
+from fastsitch.sweep.estimate import ASSUMED_WIDTH, SweepEstimate
+
+_MOST_UNITS = 40
+
+
+def show_estimate(estimate: SweepEstimate) -> None:
+    """Print units, cells, shapes, kinds of stitches, parameters, and predicted memory, disk and time."""
+    data = estimate.data
+    guess = " (assumed: the files are not there)" if data.assumed else ""
+    typer.echo(
+        f"{len(estimate.units)} units, {estimate.cells} cells, {data.train} + {data.test} images "
+        f"{data.height}x{data.width}{guess}"
+    )
+    recipe = estimate.config.recipe
+    typer.echo(
+        f"recipe {recipe.name}: {recipe.epochs} epochs, batch {recipe.batch_size}, peak learning rate {recipe.lr}; "
+        f"groups of up to {estimate.group_size} cells, {estimate.precision} on {estimate.device}"
+    )
+    typer.echo("")
+    typer.echo(
+        table(
+            ["network", "positions", "shapes (C x H x W)"],
+            [_shapes(name, estimate) for name in estimate.positions],
+        )
+    )
+    typer.echo("")
+    rows = [
+        [
+            unit.planned.unit.name,
+            str(unit.cells),
+            str(unit.groups),
+            f"{unit.parameters:,}",
+            ", ".join(f"{count} {kind}" for kind, count in unit.kinds.items()),
+        ]
+        for unit in estimate.units[:_MOST_UNITS]
+    ]
+    typer.echo(table(["unit", "cells", "groups", "parameters", "stitches"], rows))
+    if len(estimate.units) > _MOST_UNITS:
+        typer.echo(f"... and {len(estimate.units) - _MOST_UNITS} more units")
+    kinds: Counter[str] = Counter()
+    for unit in estimate.units:
+        kinds.update(unit.kinds)
+    typer.echo("")
+    typer.echo("stitches by kind: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    typer.echo(f"memory (model): {size(estimate.memory)}, one sender's representations and one training step")
+    typer.echo(f"disk (model): {size(estimate.disk)}, stores that are missing and results")
+    typer.echo(f"time (model): {duration(estimate.seconds)}, from the speed of a convolution measured just now")
+
+
+def _shapes(name: NetworkName, estimate: SweepEstimate) -> list[str]:
+    shapes = Counter(shape for _, shape in estimate.positions[name])
+    text = ", ".join(f"{count} of {channels}x{height}x{width}" for (channels, height, width), count in shapes.items())
+    if name in estimate.assumed:
+        text += f" (not trained: width {ASSUMED_WIDTH} assumed)"
+    return [str(name), str(len(estimate.positions[name])), text]

@@ -1,0 +1,88 @@
+"""The commands that look around: list, doctor."""
+
+import shutil
+
+import torch
+import typer
+
+from fastsitch import inventory
+from fastsitch.cli.console import size, table
+from fastsitch.cli.options import DebugOption, DeviceOption, RootOption
+from fastsitch.machine import (
+    available_memory,
+    native_bf16,
+    processor,
+    resolve_device,
+    resolve_kernel,
+    resolve_precision,
+    versions,
+)
+from fastsitch.root import Root
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    app.command("list")(list_root)
+    app.command()(doctor)
+
+
+def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
+    """Show networks, activation stores and runs."""
+    place = Root.at(root)
+    networks = [
+        [
+            record.name,
+            record.dataset,
+            str(record.width),
+            f"{record.accuracy:.4f}",
+            f"{record.recipe['name']}, {record.recipe['epochs']} epochs",
+        ]
+        for record in inventory.networks(place)
+    ]
+    stores = [
+        [entry.path.name, entry.store.identity.dataset, entry.store.identity.dtype, size(entry.store.bytes)]
+        if entry.store is not None
+        else [entry.path.name, entry.path.parent.name, "unusable", entry.problem]
+        for entry in inventory.stores(place)
+    ]
+    runs = [
+        [
+            entry.run.name,
+            entry.run.config.dataset,
+            f"{entry.done}/{entry.total} units",
+            entry.run.config.recipe.name,
+            f"{','.join(entry.run.config.senders)} -> {','.join(entry.run.config.receivers)}",
+        ]
+        if entry.run is not None
+        else [entry.path.name, entry.path.parent.name, "unusable", "", entry.problem]
+        for entry in inventory.runs(place)
+    ]
+    typer.echo(f"root {place.path}")
+    for title, header, rows in (
+        ("networks", ["network", "data set", "width", "accuracy", "recipe"], networks),
+        ("stores", ["network", "data set", "dtype", "size"], stores),
+        ("runs", ["run", "data set", "done", "recipe", "pairs"], runs),
+    ):
+        typer.echo("")
+        typer.echo(f"{title}: {'none' if not rows else len(rows)}")
+        if rows:
+            typer.echo(table(header, rows))
+
+
+def doctor(root: RootOption = None, device: DeviceOption = "auto", debug: DebugOption = False) -> None:
+    """Say what this machine will use: device, precision, kernels, threads, versions, disk."""
+    place = Root.at(root)
+    chosen = resolve_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else processor()
+    bf16 = "native" if native_bf16(chosen) else "not native"
+    existing = next(path for path in (place.path.absolute(), *place.path.absolute().parents) if path.exists())
+    rows = [
+        ["device", f"{chosen.type}: {name}"],
+        ["precision", f"{resolve_precision('auto', chosen)} (bf16 is {bf16} here)"],
+        ["kernel", resolve_kernel("auto", chosen)],
+        ["threads", str(torch.get_num_threads())],
+        ["memory", f"{size(available_memory(chosen))} free"],
+        ["disk", f"{size(shutil.disk_usage(existing).free)} free for {place.path}"],
+        *([name, version] for name, version in versions().items()),
+    ]
+    typer.echo(table(["this machine", "uses"], rows))

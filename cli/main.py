@@ -1,0 +1,71 @@
+"""The entry point: all commands, and one place where errors become lines and exit codes."""
+
+import sys
+import traceback
+
+import typer
+
+from fastsitch import __version__
+from fastsitch.cli import console, info, results, work
+from fastsitch.errors import FastsitchError
+
+app = typer.Typer(
+    name="fastsitch",
+    help="Model stitching at the speed of the hardware.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+for register in (work.register, results.register, info.register):
+    register(app)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"fastsitch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: bool = typer.Option(False, "--version", help="Show the version.", callback=_version, is_eager=True),
+) -> None:
+    """Model stitching at the speed of the hardware."""
+
+
+def main() -> None:
+    """Run the command line; ends with 0 done, 1 failed while running, 2 bad usage or input."""
+    console.show_log()
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        code = app(standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except typer.Exit as stop:
+        return stop.exit_code
+    except typer.TyperException as error:
+        return _fail(f"{error.format_message()} (fastsitch --help shows commands and options)", error.exit_code)
+    except FastsitchError as error:
+        return _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; what is finished is kept, the same command goes on from there", 1)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except Exception as error:
+        # a bug or a failing machine: one line, unless the traceback is wanted
+        return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _fail(message: str, code: int) -> int:
+    if console.debugging():
+        traceback.print_exc()
+    sys.stderr.write(f"fastsitch: {message}\n")
+    return code
+
+
+if __name__ == "__main__":
+    main()

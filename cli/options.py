@@ -1,0 +1,43 @@
+"""Options that several commands share."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastsitch.cli import console
+
+RootOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--root",
+        help="Folder of networks, stores and runs (or FASTSITCH_ROOT).",
+        show_default="./fastsitch-data",
+    ),
+]
+DataDirOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-dir",
+        help="Folder with the files of data sets (or FASTSITCH_DATA_DIR).",
+        show_default="ROOT/data",
+    ),
+]
+DatasetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR or npz:FILE.",
+        show_default="the one that has the networks",
+    ),
+]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error.", callback=console.set_debug, is_eager=True),
+]
+
+
+def comma_separated(text: str) -> list[str]:
+    """``"a, b"`` -> ``["a", "b"]``."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,73 @@
+"""The commands that hand results out: export, plot; and the table at the end of a sweep."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+import fastsitch
+from fastsitch.analysis.triangle import triangle
+from fastsitch.cli.console import table
+from fastsitch.cli.options import DatasetOption, DebugOption, RootOption
+from fastsitch.sweep.results import Run
+
+RunArgument = Annotated[str, typer.Argument(help="Name of the run, as sweep and list show it.")]
+OutOption = Annotated[Path, typer.Option(help="Folder to write to.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (export, plot):
+        app.command()(command)
+
+
+def export(
+    run: RunArgument,
+    out: OutOption,
+    root: RootOption = None,
+    dataset: DatasetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Write the matrices of a run as NumPy files, each with a JSON file that says how it was made."""
+    for path in fastsitch.export_run(fastsitch.open_run(run, dataset=dataset, root=root), out):
+        typer.echo(str(path))
+
+
+def plot(
+    run: RunArgument,
+    out: OutOption,
+    root: RootOption = None,
+    dataset: DatasetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Draw the matrices of a run as annotated heat maps, PNG and PDF."""
+    for path in fastsitch.plot_run(fastsitch.open_run(run, dataset=dataset, root=root), out):
+        typer.echo(f"{path} and {path.with_suffix('.pdf').name}")
+
+
+def summary(run: Run) -> str:
+    """One line per pair and setting: cells, accuracies by region, diverged cells."""
+    rows = []
+    for sender, receiver, setting in run.pairs():
+        accuracy = run.matrix(sender, receiver, "accuracy", setting=setting)
+        status = run.matrix(sender, receiver, "status", setting=setting)
+        _, network = run.pair_networks(sender, receiver, setting)
+        regions = triangle(accuracy)
+        finite = accuracy[np.isfinite(accuracy)]
+        mean, best = (float(finite.mean()), float(finite.max())) if finite.size else (float("nan"), float("nan"))
+        rows.append(
+            [
+                f"{sender} -> {receiver}",
+                setting,
+                f"{int((status > 0).sum())}/{status.size}",
+                f"{network.accuracy:.3f}",
+                f"{mean:.3f}",
+                f"{best:.3f}",
+                f"{regions.lower_left:.3f}",
+                f"{regions.rest:.3f}",
+                str(int((status == 2).sum())),
+            ]
+        )
+    header = ["pair", "setting", "cells", "receiver", "mean", "best", "lower left", "rest", "diverged"]
+    return table(header, rows)

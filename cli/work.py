@@ -1,0 +1,212 @@
+"""The commands that compute: train, precompute, sweep, demo."""
+
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fastsitch
+from fastsitch.cli.console import Progress, duration, size
+from fastsitch.cli.estimates import show_estimate
+from fastsitch.cli.options import (
+    DataDirOption,
+    DatasetOption,
+    DebugOption,
+    DeviceOption,
+    RootOption,
+    comma_separated,
+)
+from fastsitch.cli.results import summary
+from fastsitch.data import DEFAULT_DATASET
+from fastsitch.demo import run_demo
+from fastsitch.errors import ConfigError
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.training import TrainReport
+from fastsitch.sweep.execute import SweepReport
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the application."""
+    for command in (train, precompute, sweep, demo):
+        app.command()(command)
+
+
+def train(
+    networks: Annotated[list[str], typer.Argument(help="R1111 ... R2222, ResNet18, ResNet34; R1111@3 is seed 3.")],
+    width: Annotated[int, typer.Option(help="Channels of the first stage.")] = 64,
+    epochs: Annotated[int | None, typer.Option(help="Epochs of training.", show_default="the recipe's")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of networks named without one.")] = 0,
+    recipe: Annotated[str, typer.Option(help="fast or published.")] = "fast",
+    force: Annotated[bool, typer.Option("--force", help="Train again what was trained otherwise.")] = False,
+    root: RootOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Train networks and save them."""
+    with Progress("training", "steps") as progress:
+        last: dict[NetworkName, float] = {}
+
+        def report(name: NetworkName, step: TrainReport) -> None:
+            if step.loss is not None:
+                last[name] = step.loss
+            loss = f", loss {last[name]:.3f}" if name in last else ""
+            progress.what = f"training {name}"
+            progress.update(step.step, step.steps, loss.lstrip(", "))
+
+        for network in networks:
+            start = time.monotonic()
+            (record,) = fastsitch.train(
+                network,
+                dataset=dataset or DEFAULT_DATASET,
+                width=width,
+                epochs=epochs,
+                seed=seed,
+                recipe=recipe,
+                force=force,
+                root=root,
+                data_dir=data_dir,
+                device=device,
+                report=report,
+            )
+            progress.clear()
+            typer.echo(
+                f"{record.name}: test accuracy {record.accuracy:.4f}, width {record.width}, "
+                f"{record.recipe['epochs']} epochs on {record.dataset} ({duration(time.monotonic() - start)})"
+            )
+
+
+def precompute(
+    networks: Annotated[list[str], typer.Argument(help="Trained networks, or controls such as R1111-random@0.")],
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
+    compress: Annotated[str, typer.Option(help="none or zstd.")] = "none",
+    force: Annotated[bool, typer.Option("--force", help="Replace stores that are stale or damaged.")] = False,
+    root: RootOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Run each network once and store its representations at every position."""
+    with Progress("precompute", "images") as progress:
+
+        def report(name: NetworkName, done: int, total: int) -> None:
+            progress.what = f"precompute {name}"
+            progress.update(done, total)
+
+        for network in networks:
+            start = time.monotonic()
+            ((store, made),) = fastsitch.precompute(
+                network,
+                dataset=dataset,
+                dtype=dtype,
+                compress=compress,
+                force=force,
+                root=root,
+                data_dir=data_dir,
+                device=device,
+                report=report,
+            )
+            progress.clear()
+            took = f"made in {duration(time.monotonic() - start)}" if made else "up to date"
+            typer.echo(f"{network}: {len(store.positions)} positions, {size(store.bytes)}, {took}: {store.path}")
+
+
+def sweep(
+    senders: Annotated[str, typer.Option(help="Networks to take representations from, separated by commas.")],
+    receivers: Annotated[str, typer.Option(help="Networks to stitch into, separated by commas.")],
+    settings: Annotated[str, typer.Option(help="Some of T2T,T2R,R2T,R2R; R networks are random controls.")] = "T2T",
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="paper, small or published-schedule.", show_default="small for fashion-mini, else paper"),
+    ] = None,
+    epochs: Annotated[int | None, typer.Option(help="Epochs.", show_default="the recipe's")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="the recipe's")] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the stitches and the order of images.")] = "0",
+    run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="from the configuration")] = None,
+    group_size: Annotated[str, typer.Option(help="auto, or the largest number of cells per batch.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
+    kernel: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    root: RootOption = None,
+    dataset: DatasetOption = None,
+    data_dir: DataDirOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Train the stitches between all pairs; a run that exists is continued."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise ConfigError(f"--precision {precision}: expected auto, bf16 or fp32")
+    pairs = (comma_separated(senders), comma_separated(receivers))
+    options: dict[str, Any] = {
+        "settings": comma_separated(settings),
+        "seeds": _numbers("--seeds", seeds),
+        "recipe": recipe,
+        "epochs": epochs,
+        "lr": lr,
+        "batch_size": batch_size,
+        "group_size": group_size,
+        "precision": precision,
+        "kernel": kernel,
+    }
+    config = fastsitch.configure_sweep(*pairs, dataset=dataset, root=root, **options)
+    typer.echo(f"run {run or config.default_run_name} on {config.dataset}")
+    if dry_run:
+        show_estimate(
+            fastsitch.estimate(*pairs, dataset=config.dataset, root=root, data_dir=data_dir, device=device, **options)
+        )
+        return
+    start = time.monotonic()
+    with Progress("sweep", "cells") as progress:
+
+        def report(step: SweepReport) -> None:
+            progress.update(step.cells, step.total, step.unit)
+
+        result = fastsitch.sweep(
+            *pairs,
+            dataset=config.dataset,
+            run=run,
+            root=root,
+            data_dir=data_dir,
+            device=device,
+            report=report,
+            **options,
+        )
+    typer.echo(summary(result))
+    typer.echo(f"{duration(time.monotonic() - start)}; results in {result.path}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for matrices and heat maps.")] = Path("demo"),
+    width: Annotated[int, typer.Option(help="Channels of the first stage of both networks.")] = 16,
+    root: RootOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """The main job on the embedded images: train two networks, stitch them, draw the matrices."""
+    start = time.monotonic()
+    with Progress("demo", "") as progress:
+
+        def report(what: str, unit: str, done: float, total: float) -> None:
+            if progress.what != what:
+                progress.clear()
+                progress.restart(what, unit)
+            progress.update(done, total)
+
+        result = run_demo(out, root=root or out / "fastsitch-data", width=width, device=device, report=report)
+    typer.echo(summary(result.run))
+    for line, _ in result.checks:
+        typer.echo(line)
+    typer.echo(f"{duration(time.monotonic() - start)}; matrices and heat maps in {out}/")
+    if not all(passed for _, passed in result.checks):
+        raise typer.Exit(1)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(part) for part in comma_separated(text)]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from None

@@ -1,0 +1,102 @@
+"""A sender's representations held in device memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastsitch.activations.batch import Batch, Shape
+from fastsitch.activations.store import ActivationStore
+from fastsitch.errors import MemoryLimitError
+from fastsitch.machine import available_memory
+
+_READ_IMAGES = 1024
+"""Images per read from a store: whole chunks at every position."""
+
+
+class ResidentSplit:
+    """One split: labels (N,) int64 and, per shape, the sender positions of that shape as one (S, N, H, W, C)."""
+
+    def __init__(self, stacks: dict[Shape, Tensor], labels: Tensor) -> None:
+        self._stacks = stacks
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batch(self, index: Tensor) -> Batch:
+        """The images ``index`` (int64, on the same device)."""
+        return Batch(self._stacks, index)
+
+
+class ResidentSource:
+    """Both splits of one sender; ``shapes`` lists the shape (C, H, W) of every position."""
+
+    def __init__(self, shapes: Sequence[Shape], train: ResidentSplit, test: ResidentSplit) -> None:
+        self.shapes = list(shapes)
+        self.train = train
+        self.test = test
+
+    @classmethod
+    def load(cls, store: ActivationStore, *, dtype: torch.dtype, device: torch.device) -> "ResidentSource":
+        """Read a whole store into the memory of ``device``, in the compute dtype.
+
+        Raises MemoryLimitError, before reading, when it does not fit.
+        """
+        shapes: list[Shape] = [position.shape for position in store.positions]
+        elements = sum(channels * height * width for channels, height, width in shapes)
+        needed = elements * sum(store.sizes.values()) * dtype.itemsize
+        available = available_memory(device)
+        if needed > 0.9 * available:
+            raise MemoryLimitError(
+                f"the representations in {store.path} need {needed / 1e9:.1f} GB of {device.type} memory, "
+                f"{available / 1e9:.1f} GB are free: use a narrower network, fewer images or a larger machine"
+            )
+        splits = {
+            split: ResidentSplit(_read_stacks(store, split, shapes, dtype, device), store.labels(split).to(device))
+            for split in store.sizes
+        }
+        return cls(shapes, splits["train"], splits["test"])
+
+    @classmethod
+    def from_tensors(
+        cls,
+        train: Sequence[Tensor],
+        test: Sequence[Tensor],
+        train_labels: Tensor,
+        test_labels: Tensor,
+    ) -> "ResidentSource":
+        """From representations (N, C, H, W) in memory, one tensor per position."""
+        shapes: list[Shape] = [(x.shape[1], x.shape[2], x.shape[3]) for x in train]
+        return cls(
+            shapes,
+            ResidentSplit(stack_positions(shapes, train), train_labels),
+            ResidentSplit(stack_positions(shapes, test), test_labels),
+        )
+
+
+def stack_positions(shapes: Sequence[Shape], representations: Sequence[Tensor]) -> dict[Shape, Tensor]:
+    """Representations (N, C, H, W) of all positions, stacked per shape as (S, N, H, W, C)."""
+    return {
+        shape: torch.stack(
+            [x.permute(0, 2, 3, 1) for x, own in zip(representations, shapes, strict=True) if own == shape]
+        )
+        for shape in dict.fromkeys(shapes)
+    }
+
+
+def _read_stacks(
+    store: ActivationStore, split: str, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device
+) -> dict[Shape, Tensor]:
+    images = store.sizes[split]
+    stacks = {}
+    for shape in dict.fromkeys(shapes):
+        channels, height, width = shape
+        members = [index for index, own in enumerate(shapes) if own == shape]
+        stack = torch.empty(len(members), images, height, width, channels, dtype=dtype, device=device)
+        for place, index in enumerate(members):
+            for start in range(0, images, _READ_IMAGES):
+                stop = min(start + _READ_IMAGES, images)
+                stack[place, start:stop] = store.read(split, index, start, stop).to(device)
+        stacks[shape] = stack
+    return stacks

@@ -1,0 +1,339 @@
+"""The activation store: a Zarr v3 group with the representations of one network on one data set.
+
+Layout (docs/store.md has it in full):
+    manifest.json           written last; without a valid one the store does not exist
+    train/0, train/1, ...   one array per position, (N, H, W, C), about 4 MiB per chunk, whole images
+    train/labels, train/ids (N,) int64; the same under test/
+
+Every chunk ends in its own crc32c, which is verified whenever it is read; the manifest repeats size and checksum of
+every file, so that missing, truncated and exchanged files are found when a store is opened.
+"""
+
+import json
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarrs  # noqa: F401  registers the codec pipeline; has to come before zarr
+
+import zarr  # isort: skip
+from numpy.typing import NDArray
+from torch import Tensor
+from zarr.codecs import Crc32cCodec, ZstdCodec
+
+from fastsitch.errors import ConfigError, StoreError
+from fastsitch.files import sync_file, write_json
+from fastsitch.identity import stable_hash
+from fastsitch.machine import DTYPES
+from fastsitch.networks.chain import Position
+
+FORMAT = 1
+CHUNK_BYTES = 4 << 20
+MAX_CHUNK_IMAGES = 1024
+COMPRESSIONS = ("none", "zstd")
+SPLITS = ("train", "test")
+
+_STORED_AS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
+"""bf16 is kept as bit patterns: Zarr has no such type. The true dtype is in the attributes and the manifest."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreIdentity:
+    """What the content of a store depends on."""
+
+    network: str
+    dataset: str
+    weights: str
+    """Hash of the network's weights."""
+    data: str
+    """Hash of the data set."""
+    normalisation: dict[str, Any]
+    dtype: str
+    compute: str
+    """The precision of the forward pass."""
+    compress: str
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _STORED_AS:
+            raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(_STORED_AS)}")
+        if self.compress not in COMPRESSIONS:
+            raise ConfigError(f"--compress {self.compress}: expected one of {', '.join(COMPRESSIONS)}")
+
+    @property
+    def hash(self) -> str:
+        return stable_hash(asdict(self))
+
+
+class ActivationStore:
+    """A complete store, opened for reading. ``positions`` and ``sizes`` (images per split) describe it."""
+
+    def __init__(
+        self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+    ) -> None:
+        self.path = path
+        self.identity = identity
+        self.positions = positions
+        self.sizes = sizes
+        self._arrays: dict[str, Any] = {}
+
+    @classmethod
+    def open(cls, path: Path) -> "ActivationStore":
+        """Open a store after checking manifest, census and checksums of all files.
+
+        Raises StoreError naming the file and the reason when anything is missing, cut off, exchanged or foreign.
+        """
+        manifest = _read_manifest(path)
+        try:
+            identity = StoreIdentity(**manifest["identity"])
+            positions = tuple(
+                Position(entry["index"], entry["name"], (entry["shape"][0], entry["shape"][1], entry["shape"][2]))
+                for entry in manifest["positions"]
+            )
+            store = cls(path, identity, positions, dict(manifest["sizes"]))
+            files = manifest["files"]
+        except (KeyError, TypeError, IndexError) as error:
+            raise StoreError(f"{path / 'manifest.json'} is no manifest of an activation store ({error})") from None
+        _census(path, files)
+        return store
+
+    @property
+    def bytes(self) -> int:
+        """Size of all representations, as stored without compression."""
+        per_image = sum(int(np.prod(position.shape)) for position in self.positions)
+        return per_image * np.dtype(_STORED_AS[self.identity.dtype]).itemsize * sum(self.sizes.values())
+
+    def read(self, split: str, index: int, start: int, stop: int) -> Tensor:
+        """Images start ... stop - 1 at a position as (n, H, W, C) in the store's dtype, on the CPU."""
+        values = self._read(f"{split}/{index}", start, stop)
+        if self.identity.dtype == "bf16":
+            return torch.from_numpy(values).view(torch.bfloat16)
+        return torch.from_numpy(values)
+
+    def labels(self, split: str) -> Tensor:
+        """Labels of a split, int64 (N,)."""
+        return torch.from_numpy(self._read(f"{split}/labels", 0, self.sizes[split]))
+
+    def ids(self, split: str) -> Tensor:
+        """Sample ids of a split, int64 (N,)."""
+        return torch.from_numpy(self._read(f"{split}/ids", 0, self.sizes[split]))
+
+    def chunk_images(self, split: str, index: int) -> int:
+        """Images per chunk of an array."""
+        return int(self._array(f"{split}/{index}").chunks[0])
+
+    def _array(self, name: str) -> Any:
+        if name not in self._arrays:
+            with _pipeline():
+                self._arrays[name] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
+        return self._arrays[name]
+
+    def _read(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        array = self._array(name)
+        try:
+            return np.asarray(array[start:stop])
+        except (RuntimeError, ValueError, OSError) as error:
+            step = array.chunks[0]
+            for first in range(start - start % step, stop, step):
+                try:
+                    array[first : min(first + step, stop)]
+                except (RuntimeError, ValueError, OSError):
+                    suffix = ".0" * (array.ndim - 1)
+                    file = self.path / name / f"{first // step}{suffix}"
+                    raise StoreError(f"{file} was altered or damaged ({error}): {_REMEDY}") from None
+            raise StoreError(f"{self.path / name} cannot be read ({error}): {_REMEDY}") from None
+
+
+_REMEDY = "make the store again with fastsitch precompute --force"
+
+
+class StoreWriter:
+    """Writes a store beside its final place; see :func:`writing`."""
+
+    def __init__(
+        self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+    ) -> None:
+        self.path = path
+        self.identity = identity
+        self.positions = positions
+        self.sizes = sizes
+        self._stored_as = np.dtype(_STORED_AS[identity.dtype])
+        self._dtype = DTYPES[identity.dtype]
+        compressors: list[Any] = [ZstdCodec(level=1)] if identity.compress == "zstd" else []
+        with _pipeline():
+            group = zarr.open_group(path, mode="w", zarr_format=3)
+            self._arrays: dict[str, Any] = {}
+            for split, images in sizes.items():
+                for position in positions:
+                    channels, height, width = position.shape
+                    self._arrays[f"{split}/{position.index}"] = group.create_array(
+                        f"{split}/{position.index}",
+                        shape=(images, height, width, channels),
+                        chunks=(self.chunk_images(position), height, width, channels),
+                        dtype=self._stored_as,
+                        compressors=[*compressors, Crc32cCodec()],
+                        attributes={"dtype": identity.dtype, "position": position.name},
+                        **_ARRAY_OPTIONS,
+                    )
+                for name in ("labels", "ids"):
+                    self._arrays[f"{split}/{name}"] = group.create_array(
+                        f"{split}/{name}",
+                        shape=(images,),
+                        chunks=(images,),
+                        dtype=np.int64,
+                        compressors=[Crc32cCodec()],
+                        **_ARRAY_OPTIONS,
+                    )
+
+    def chunk_images(self, position: Position) -> int:
+        """Images per chunk: the power of two that comes closest to 4 MiB from below."""
+        images = max(1, CHUNK_BYTES // (int(np.prod(position.shape)) * self._stored_as.itemsize))
+        return int(min(MAX_CHUNK_IMAGES, 1 << (images.bit_length() - 1)))
+
+    @property
+    def block_images(self) -> int:
+        """Images per call of :meth:`write` that fill whole chunks at every position."""
+        return max(self.chunk_images(position) for position in self.positions)
+
+    def write(self, split: str, index: int, start: int, x_NHWC: Tensor) -> None:
+        """Write consecutive images from ``start``, a multiple of the chunk, at one position.
+
+        Raises StoreError when the store's dtype cannot hold the values.
+        """
+        values = x_NHWC.to(self._dtype).contiguous().cpu()
+        if not bool(values.isfinite().all()):
+            raise StoreError(
+                f"{self.identity.network} has values at position {self.positions[index].name} that "
+                f"{self.identity.dtype} cannot hold: use --dtype bf16 or fp32, or look whether the network diverged"
+            )
+        if self.identity.dtype == "bf16":
+            values = values.view(torch.uint16)
+        self._arrays[f"{split}/{index}"][start : start + len(values)] = values.numpy()
+
+    def write_samples(self, split: str, labels: Tensor, ids: Tensor) -> None:
+        """Write the labels and sample ids of a whole split."""
+        self._arrays[f"{split}/labels"][:] = labels.cpu().numpy()
+        self._arrays[f"{split}/ids"][:] = ids.cpu().numpy()
+
+    def finish(self) -> None:
+        """Check that every chunk is there, flush everything to the disk, then write the manifest."""
+        files = {}
+        for path in sorted(self.path.rglob("*")):
+            sync_file(path)
+            if path.is_file():
+                files[path.relative_to(self.path).as_posix()] = [path.stat().st_size, _checksum(path)]
+        for name, array in self._arrays.items():
+            written = sum(file.rpartition("/")[0] == name for file in files) - 1
+            expected = -(-array.shape[0] // array.chunks[0])
+            if written != expected:
+                raise StoreError(f"{self.path / name} has {written} of {expected} chunks: is the disk full?")
+        content = {
+            "format": FORMAT,
+            "identity": asdict(self.identity),
+            "hash": self.identity.hash,
+            "positions": [asdict(position) for position in self.positions],
+            "sizes": self.sizes,
+            "files": files,
+        }
+        write_json(self.path / "manifest.json", {**content, "manifest_hash": stable_hash(content)})
+
+
+_ARRAY_OPTIONS: dict[str, Any] = {
+    "filters": None,
+    "fill_value": 0,
+    # an all-zero chunk has to exist, or a missing one could not be told from it
+    "config": {"write_empty_chunks": True},
+    "chunk_key_encoding": {"name": "v2", "separator": "."},
+}
+
+
+@contextmanager
+def writing(
+    path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+) -> Iterator[StoreWriter]:
+    """Write a store aside and put it at ``path`` by one rename when the block ends without an error.
+
+    What an earlier, killed attempt left behind is removed first. The caller holds the lock.
+    """
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = StoreWriter(partial, identity, positions, sizes)
+    yield writer
+    writer.finish()
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    sync_file(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) -> str | None:
+    """Why the store is not the wanted one, or None. ``content_only`` accepts any dtype and compression."""
+    reasons = {
+        "network": "it holds another network",
+        "dataset": "it holds another data set",
+        "weights": "the network was trained again since",
+        "data": "the data set has changed since",
+        "normalisation": "the normalisation differs",
+        "dtype": f"it holds {store.identity.dtype} instead of {wanted.dtype}",
+        "compute": f"it was computed in {store.identity.compute} instead of {wanted.compute}",
+        "compress": f"its compression is {store.identity.compress} instead of {wanted.compress}",
+    }
+    for key, reason in reasons.items():
+        if content_only and key in ("dtype", "compute", "compress"):
+            continue
+        if getattr(store.identity, key) != getattr(wanted, key):
+            return reason
+    return None
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    file = path / "manifest.json"
+    if not file.is_file():
+        raise StoreError(f"{path} has no manifest.json: it is no complete activation store; {_REMEDY}")
+    try:
+        manifest = json.loads(file.read_text())
+        found_hash = manifest.pop("manifest_hash")
+    except (ValueError, KeyError, AttributeError) as error:
+        raise StoreError(f"{file} is no manifest of an activation store ({error}): {_REMEDY}") from None
+    if manifest.get("format") != FORMAT:
+        raise StoreError(f"{file} has format {manifest.get('format')}, expected {FORMAT}: {_REMEDY}")
+    if stable_hash(manifest) != found_hash:
+        raise StoreError(f"{file} was altered (its own hash does not fit): {_REMEDY}")
+    return dict(manifest)
+
+
+def _census(path: Path, files: dict[str, list[int]]) -> None:
+    for name, (size, checksum) in files.items():
+        file = path / name
+        if not file.is_file():
+            raise StoreError(f"{file} is missing: {_REMEDY}")
+        if file.stat().st_size != size:
+            raise StoreError(f"{file} has {file.stat().st_size} bytes, expected {size}: {_REMEDY}")
+        if _checksum(file) != checksum:
+            raise StoreError(f"{file} has another checksum than the manifest says: {_REMEDY}")
+
+
+def _checksum(path: Path) -> int:
+    """Of a chunk the crc32c that it ends in (verified on every read), of other files their crc32."""
+    if path.suffix == ".json":
+        return zlib.crc32(path.read_bytes())
+    with path.open("rb") as file:
+        file.seek(-4, 2)
+        return int.from_bytes(file.read(4), "little")
+
+
+def _pipeline() -> Any:
+    """zarrs reads and writes several times faster; chosen when an array is opened, without touching others."""
+    return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+
+
+Report = Callable[[int, int], None]
+"""report(images done, images in all)."""

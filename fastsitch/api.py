@@ -1,0 +1,175 @@
+"""The commands as functions, for notebooks and scripts. Nothing here prints."""
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fastsitch.activations.precompute import ensure_store
+from fastsitch.activations.store import ActivationStore
+from fastsitch.data import DEFAULT_DATASET, load_dataset
+from fastsitch.errors import ConfigError, NetworkError
+from fastsitch.inventory import find_run, infer_dataset
+from fastsitch.machine import configure, resolve_device
+from fastsitch.networks.checkpoint import NetworkRecord, load_network, namesake, read_record
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.training import TrainReport, network_recipe, train_network
+from fastsitch.root import Root
+from fastsitch.sweep.config import SweepConfig, sweep_config
+from fastsitch.sweep.estimate import SweepEstimate, estimate_sweep
+from fastsitch.sweep.execute import SweepReport, run_sweep
+from fastsitch.sweep.results import Run
+
+PathLike = str | os.PathLike[str]
+
+
+def train(
+    *networks: str,
+    dataset: str = DEFAULT_DATASET,
+    width: int = 64,
+    epochs: int | None = None,
+    seed: int = 0,
+    recipe: str = "fast",
+    force: bool = False,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    report: Callable[[NetworkName, TrainReport], None] | None = None,
+) -> list[NetworkRecord]:
+    """Train networks on a data set and save them; those that are trained just so already are left alone.
+
+    ``seed`` is that of every name without one of its own (``R1111`` with seed 3 is ``R1111@3``). Raises
+    ConfigError, DataError or NetworkError.
+    """
+    place = Root.at(root, data_dir)
+    names = [_seeded(text, seed) for text in networks]
+    if not names:
+        raise ConfigError("no network named: expected at least one, such as R1111")
+    chosen = network_recipe(recipe, epochs)
+    torch_device = resolve_device(device)
+    configure(torch_device)
+    images = load_dataset(dataset, place.data_dir)
+    return [
+        train_network(
+            place,
+            images,
+            name,
+            width=width,
+            recipe=chosen,
+            device=torch_device,
+            force=force,
+            report=None if report is None else (lambda step, name=name: report(name, step)),  # type: ignore[misc]
+        )
+        for name in names
+    ]
+
+
+def precompute(
+    *networks: str,
+    dataset: str | None = None,
+    dtype: str = "bf16",
+    compress: str = "none",
+    force: bool = False,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    report: Callable[[NetworkName, int, int], None] | None = None,
+) -> list[tuple[ActivationStore, bool]]:
+    """Run networks once over a data set and store every representation.
+
+    Returns each store with whether it was made now; stores that are up to date are left alone. Raises StoreError
+    when one is stale or damaged and ``force`` is not set, NetworkError when a network was never trained.
+    """
+    place = Root.at(root, data_dir)
+    names = [NetworkName.parse(text) for text in networks]
+    if not names:
+        raise ConfigError("no network named: expected at least one, such as R1111")
+    name_of_data = dataset or infer_dataset(place, [str(name) for name in names])
+    folder = place.models(name_of_data)
+    for name in names:
+        if (namesake(folder, name) if name.random else read_record(folder, name)) is None:
+            trained = NetworkName(name.architecture) if name.random else name
+            raise NetworkError(
+                f"not trained yet on {name_of_data}: {trained}; train first with\n"
+                f"  fastsitch train {trained} --dataset {name_of_data}"
+            )
+    torch_device = resolve_device(device)
+    configure(torch_device)
+    images = load_dataset(name_of_data, place.data_dir)
+    return [
+        ensure_store(
+            place.store(name_of_data, name),
+            images,
+            load_network(folder, name),
+            dtype=dtype,
+            compress=compress,
+            device=torch_device,
+            force=force,
+            report=None if report is None else (lambda done, total, name=name: report(name, done, total)),  # type: ignore[misc]
+        )
+        for name in names
+    ]
+
+
+def configure_sweep(
+    senders: Sequence[str],
+    receivers: Sequence[str],
+    *,
+    dataset: str | None = None,
+    root: PathLike | None = None,
+    **options: Any,
+) -> SweepConfig:
+    """The configuration of a sweep; ``options`` are those of :func:`fastsitch.sweep.config.sweep_config`."""
+    chosen = dataset or infer_dataset(Root.at(root), [*senders, *receivers])
+    return sweep_config(dataset=chosen, senders=senders, receivers=receivers, **options)
+
+
+def sweep(
+    senders: Sequence[str],
+    receivers: Sequence[str],
+    *,
+    dataset: str | None = None,
+    run: str | None = None,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    report: Callable[[SweepReport], None] | None = None,
+    **options: Any,
+) -> Run:
+    """Train and evaluate the stitches of all pairs; a run that exists is continued.
+
+    ``options``: settings, seeds, recipe, epochs, lr, batch_size, group_size, precision, kernel; see
+    :func:`fastsitch.sweep.config.sweep_config`. Raises ConfigError, DataError, NetworkError, StoreError or RunError.
+    """
+    config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
+    return run_sweep(Root.at(root, data_dir), config, run=run, device=device, report=report)
+
+
+def estimate(
+    senders: Sequence[str],
+    receivers: Sequence[str],
+    *,
+    dataset: str | None = None,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    **options: Any,
+) -> SweepEstimate:
+    """What :func:`sweep` with the same arguments would take; needs neither data nor networks."""
+    config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
+    return estimate_sweep(Root.at(root, data_dir), config, device)
+
+
+def open_run(name: str, *, dataset: str | None = None, root: PathLike | None = None) -> Run:
+    """Open a run by name, for ``run.matrix("R1111", "R1112", "accuracy", setting="T2T")``."""
+    return find_run(Root.at(root), name, dataset)
+
+
+def _seeded(text: str, seed: int) -> NetworkName:
+    name = NetworkName.parse(text)
+    if seed < 0:
+        raise ConfigError(f"--seed {seed}: expected a number from 0")
+    if "@" in text:
+        if seed not in (0, name.seed):
+            raise ConfigError(f"{text} names seed {name.seed}, but --seed says {seed}: give one of them")
+        return name
+    return NetworkName(name.architecture, name.random, seed)

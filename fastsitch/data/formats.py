@@ -1,0 +1,153 @@
+"""Readers of the file formats that data sets come in. Nothing that a file contains is ever executed."""
+
+import gzip
+import pickle
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy._core.multiarray as _multiarray
+from numpy.typing import NDArray
+
+from fastsitch.errors import DataError
+
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+"""Images uint8 (N, H, W, 3) and labels int64 (N,)."""
+
+
+def read_idx(folder: Path, prefix: str) -> Arrays:
+    """Images and labels of one split in MNIST's IDX format, plain or gzipped; raises DataError."""
+    images = read_idx_array(folder, f"{prefix}-images-idx3-ubyte", 3)
+    labels = read_idx_array(folder, f"{prefix}-labels-idx1-ubyte", 1)
+    return checked(images, labels, str(folder))
+
+
+def read_idx_array(folder: Path, name: str, dimensions: int) -> NDArray[np.uint8]:
+    """One IDX file of bytes, ``name`` or ``name.gz``; raises DataError when it is missing or malformed."""
+    path = next((folder / file for file in (name, name + ".gz") if (folder / file).is_file()), None)
+    if path is None:
+        raise DataError(f"{folder} has no file {name} or {name}.gz: expected the four IDX files of the data set")
+    try:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be decompressed ({error}): fetch the file again") from None
+    head = 4 * (1 + dimensions)
+    if len(content) < head or content[:4] != bytes((0, 0, 8, dimensions)):
+        raise DataError(f"{path} is no IDX file of {dimensions} dimension(s) of bytes: fetch the file again")
+    shape = struct.unpack(f">{dimensions}I", content[4:head])
+    expected = int(np.prod(shape, dtype=np.int64))
+    if len(content) - head != expected:
+        raise DataError(f"{path} is cut off: expected {expected} bytes of data, found {len(content) - head}")
+    return np.frombuffer(content, np.uint8, offset=head).reshape(shape)
+
+
+def read_cifar(folder: Path, files: tuple[str, ...], label_key: bytes) -> Arrays:
+    """Images and labels from CIFAR's python batches, without running the pickles' code; raises DataError."""
+    images, labels = [], []
+    for name in files:
+        batch = _plain_pickle(folder / name)
+        try:
+            images.append(np.asarray(batch[b"data"], np.uint8).reshape(-1, 3, 32, 32))
+            labels.append(np.asarray(batch[label_key], np.int64))
+        except (KeyError, TypeError, ValueError):
+            raise DataError(
+                f"{folder / name} is no CIFAR batch: expected uint8 rows of 3072 in 'data' and labels in "
+                f"{label_key.decode()!r}"
+            ) from None
+    return checked(np.concatenate(images).transpose(0, 2, 3, 1), np.concatenate(labels), str(folder))
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Builds NumPy arrays and Python containers, and nothing else."""
+
+    _ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar"}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in self._ALLOWED:
+            return {"ndarray": np.ndarray, "dtype": np.dtype}.get(name) or getattr(_multiarray, name)
+        if (module, name) == ("_codecs", "encode"):
+            import _codecs
+
+            return _codecs.encode
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def _plain_pickle(path: Path) -> Any:
+    if not path.is_file():
+        raise DataError(f"{path} is missing: expected the batches of the python version of CIFAR")
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file, encoding="bytes").load()
+    except (pickle.UnpicklingError, EOFError, ValueError, IndexError, AttributeError, TypeError) as error:
+        raise DataError(f"{path} is no plain CIFAR batch ({error}): fetch the file again") from None
+
+
+def read_npz(path: Path) -> tuple[Arrays, Arrays]:
+    """Training and test split of an npz file with x_train, y_train, x_test, y_test; raises DataError."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: expected an npz file with x_train, y_train, x_test and y_test")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+    except KeyError as error:
+        raise DataError(f"{path} lacks an array ({error.args[0]}): expected x_train, y_train, x_test, y_test") from None
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as npz without pickles ({error})") from None
+    train = checked(arrays["x_train"], arrays["y_train"], f"{path}, training split")
+    test = checked(arrays["x_test"], arrays["y_test"], f"{path}, test split")
+    return train, test
+
+
+def read_image_folder(folder: Path, classes: list[str]) -> Arrays:
+    """Images of one split, one folder per class, all of one size; raises DataError."""
+    from PIL import Image
+
+    images: list[NDArray[np.uint8]] = []
+    labels: list[int] = []
+    first: tuple[Path, tuple[int, ...]] | None = None
+    for label, name in enumerate(classes):
+        for path in sorted((folder / name).rglob("*")):
+            if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"):
+                continue
+            try:
+                with Image.open(path) as picture:
+                    pixels = np.asarray(picture.convert("RGB"))
+            except OSError as error:
+                raise DataError(f"{path} cannot be read as an image: {error}") from None
+            if first is None:
+                first = (path, pixels.shape)
+            elif pixels.shape != first[1]:
+                raise DataError(
+                    f"{path} is {pixels.shape[1]}x{pixels.shape[0]} but {first[0]} is {first[1][1]}x{first[1][0]}: "
+                    "expected images of one size; resize them first"
+                )
+            images.append(pixels)
+            labels.append(label)
+    if not images:
+        raise DataError(f"{folder} has no images: expected one folder per class with png, jpg, bmp, webp or ppm files")
+    return checked(np.stack(images), np.asarray(labels), str(folder))
+
+
+def checked(images: NDArray[Any], labels: NDArray[Any], what: str) -> Arrays:
+    """Check shapes and types, make grey images three channels, pad 28x28 to 32x32; raises DataError."""
+    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] not in (1, 3)):
+        raise DataError(
+            f"{what}: expected images as uint8 (N, H, W), (N, H, W, 1) or (N, H, W, 3), "
+            f"found {images.dtype} {images.shape}"
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise DataError(f"{what}: expected {len(images)} integer labels, found {labels.dtype} {labels.shape}")
+    if len(images) == 0:
+        raise DataError(f"{what}: expected at least one image, found none")
+    if labels.min() < 0:
+        raise DataError(f"{what}: expected labels from 0, found {labels.min()}")
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[-1] == 1:
+        images = images.repeat(3, -1)
+    if images.shape[1:3] == (28, 28):
+        images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    return np.ascontiguousarray(images), labels.astype(np.int64)

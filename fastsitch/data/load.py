@@ -1,0 +1,161 @@
+"""From the name of a data set to its images."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+from fastsitch.data.dataset import Dataset, Split
+from fastsitch.data.formats import Arrays, read_cifar, read_idx, read_image_folder, read_npz
+from fastsitch.errors import DataError
+from fastsitch.identity import stable_hash
+
+DEFAULT_DATASET = "fashion-mini"
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+"""Where Debian's package dataset-fashion-mnist puts its IDX files."""
+
+
+@dataclass(frozen=True)
+class DatasetSize:
+    """What planning needs to know of a data set: images per split, classes, image size; ``assumed`` if guessed."""
+
+    train: int
+    test: int
+    classes: int
+    height: int = 32
+    width: int = 32
+    assumed: bool = False
+
+
+SIZES = {
+    "fashion-mini": DatasetSize(10_000, 2_000, 10),
+    "fashion-mnist": DatasetSize(60_000, 10_000, 10),
+    "cifar10": DatasetSize(50_000, 10_000, 10),
+    "cifar100": DatasetSize(50_000, 10_000, 100),
+}
+
+
+def dataset_folder(name: str) -> str:
+    """The folder name of a data set under ``models/``, ``activations/`` and ``runs/``; raises DataError.
+
+    Files and image folders get their own name and a hash of their absolute path.
+    """
+    if name in SIZES:
+        return name
+    kind, separator, location = name.partition(":")
+    if not separator or kind not in ("imagefolder", "npz") or not location:
+        raise DataError(f"unknown data set {name!r}: expected {', '.join(SIZES)}, imagefolder:DIR or npz:FILE")
+    path = Path(location).resolve()
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem if kind == "npz" else path.name)
+    return f"{kind}-{stem}-{stable_hash(str(path))[:8]}"
+
+
+def load_dataset(name: str, data_dir: Path) -> Dataset:
+    """Load a data set into memory (CPU).
+
+    ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to. Raises
+    DataError when the name is unknown, or when files are missing or malformed.
+    """
+    dataset_folder(name)
+    kind, _, location = name.partition(":")
+    if kind == "npz":
+        train, test = read_npz(Path(location))
+    elif kind == "imagefolder":
+        train, test = _image_folders(Path(location))
+    else:
+        train, test = _BY_NAME[name](data_dir)
+    classes = int(train[1].max()) + 1
+    if test[1].max() >= classes:
+        raise DataError(
+            f"data set {name}: the test split has label {test[1].max()}, "
+            f"but the largest training label is {classes - 1}"
+        )
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise DataError(
+            f"data set {name}: training images are {train[0].shape[1:]}, test images {test[0].shape[1:]}: "
+            "expected one size"
+        )
+    return Dataset(name, _split(train), _split(test), classes)
+
+
+def _split(arrays: Arrays) -> Split:
+    return Split(torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1]))
+
+
+def _fashion_mini(data_dir: Path) -> tuple[Arrays, Arrays]:
+    with resources.as_file(resources.files("fastsitch.data") / "fashion_mini.npz") as path:
+        return read_npz(path)
+
+
+def _fashion_mnist(data_dir: Path) -> tuple[Arrays, Arrays]:
+    folder = data_dir / "fashion-mnist"
+    if not folder.is_dir():
+        folder = DEBIAN_FASHION_MNIST
+    if not folder.is_dir():
+        folder = data_dir / "FashionMNIST" / "raw"
+    if not folder.is_dir():
+        from torchvision.datasets import FashionMNIST
+
+        _download(
+            "fashion-mnist",
+            data_dir / "fashion-mnist",
+            data_dir,
+            lambda: FashionMNIST(data_dir, download=True),
+        )
+    return read_idx(folder, "train"), read_idx(folder, "t10k")
+
+
+def _cifar10(data_dir: Path) -> tuple[Arrays, Arrays]:
+    folder = data_dir / "cifar-10-batches-py"
+    if not folder.is_dir():
+        from torchvision.datasets import CIFAR10
+
+        _download("cifar10", folder, data_dir, lambda: CIFAR10(data_dir, download=True))
+    train = read_cifar(folder, tuple(f"data_batch_{k}" for k in range(1, 6)), b"labels")
+    return train, read_cifar(folder, ("test_batch",), b"labels")
+
+
+def _cifar100(data_dir: Path) -> tuple[Arrays, Arrays]:
+    folder = data_dir / "cifar-100-python"
+    if not folder.is_dir():
+        from torchvision.datasets import CIFAR100
+
+        _download("cifar100", folder, data_dir, lambda: CIFAR100(data_dir, download=True))
+    return read_cifar(folder, ("train",), b"fine_labels"), read_cifar(folder, ("test",), b"fine_labels")
+
+
+_BY_NAME: dict[str, Callable[[Path], tuple[Arrays, Arrays]]] = {
+    "fashion-mini": _fashion_mini,
+    "fashion-mnist": _fashion_mnist,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+}
+
+
+def _download(name: str, folder: Path, data_dir: Path, fetch: Callable[[], object]) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        fetch()
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"data set {name} is not in {folder} and cannot be downloaded ({reason}): "
+            f"put its files there, or name the folder that has them with --data-dir"
+        ) from None
+
+
+def _image_folders(folder: Path) -> tuple[Arrays, Arrays]:
+    for part in ("train", "test"):
+        if not (folder / part).is_dir():
+            raise DataError(f"{folder} has no folder {part}/: expected train/ and test/, one folder per class in each")
+    classes, test_classes = (
+        sorted(path.name for path in (folder / part).iterdir() if path.is_dir()) for part in ("train", "test")
+    )
+    extra = sorted(set(test_classes) - set(classes))
+    if extra:
+        raise DataError(f"{folder / 'test'} has classes that train/ lacks: {', '.join(extra)}")
+    return read_image_folder(folder / "train", classes), read_image_folder(folder / "test", classes)

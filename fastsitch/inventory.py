@@ -1,0 +1,118 @@
+"""What lies in a root: networks, stores, runs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsitch.activations.store import ActivationStore
+from fastsitch.data import DEFAULT_DATASET
+from fastsitch.errors import ConfigError, FastsitchError
+from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record, trained_networks
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
+from fastsitch.sweep.results import Run
+
+
+@dataclass(frozen=True)
+class StoreEntry:
+    """A store in the root: its description, or why it cannot be used."""
+
+    path: Path
+    store: ActivationStore | None
+    problem: str
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """A run in the root, with its units done and in all, or why it cannot be read."""
+
+    path: Path
+    run: Run | None
+    done: int
+    total: int
+    problem: str
+
+
+def networks(root: Root) -> Iterator[NetworkRecord]:
+    """All trained networks, by data set and name."""
+    for folder in _folders(root.path / "models"):
+        yield from trained_networks(folder)
+
+
+def stores(root: Root) -> Iterator[StoreEntry]:
+    """All complete stores; partial ones of killed processes are not listed."""
+    for folder in _folders(root.path / "activations"):
+        for path in _folders(folder):
+            if path.suffix in (".partial", ".old"):
+                continue
+            try:
+                yield StoreEntry(path, ActivationStore.open(path), "")
+            except FastsitchError as error:
+                yield StoreEntry(path, None, str(error))
+
+
+def runs(root: Root) -> Iterator[RunEntry]:
+    """All runs, by data set and name."""
+    for folder in _folders(root.path / "runs"):
+        for path in _folders(folder):
+            try:
+                run = Run.open(path)
+            except FastsitchError as error:
+                yield RunEntry(path, None, 0, 0, str(error))
+                continue
+            done = sum(run.done(planned.unit) for planned in run.units)
+            yield RunEntry(path, run, done, len(run.units), "")
+
+
+def find_run(root: Root, name: str, dataset: str | None = None) -> Run:
+    """The run of this name; raises ConfigError when several data sets have one, RunError when none has."""
+    if dataset is not None:
+        return Run.open(root.run(dataset, name))
+    found = [folder / name for folder in _folders(root.path / "runs") if (folder / name / "run.json").is_file()]
+    if len(found) > 1:
+        raise ConfigError(
+            f"several data sets have a run {name!r}: choose one with --dataset: "
+            + ", ".join(Run.open(path).config.dataset for path in found)
+        )
+    if not found:
+        known = [entry.path.name for entry in runs(root)]
+        raise ConfigError(f"no run {name!r} in {root.path / 'runs'}: found {', '.join(known) or 'none'}")
+    return Run.open(found[0])
+
+
+def infer_dataset(root: Root, names: list[str]) -> str:
+    """The one data set in the root that has all the named networks (controls count by their namesake).
+
+    The default data set when the root has no network at all; raises ConfigError listing the choices when several
+    have them or none has.
+    """
+    wanted = [NetworkName.parse(name) for name in names]
+    choices: dict[str, Path] = {}
+    for folder in _folders(root.path / "models"):
+        for record in trained_networks(folder):
+            choices[record.dataset] = folder
+    if not choices:
+        return DEFAULT_DATASET
+    fitting = [
+        dataset
+        for dataset, folder in choices.items()
+        if all((namesake(folder, name) if name.random else read_record(folder, name)) is not None for name in wanted)
+    ]
+    if len(fitting) == 1:
+        return fitting[0]
+    if len(choices) == 1:
+        return next(iter(choices))
+    have = "several data sets have" if fitting else "no single data set has"
+    raise ConfigError(
+        f"{have} {', '.join(map(str, wanted)) or 'these networks'}: choose one with --dataset: "
+        f"{', '.join(sorted(fitting or choices))}"
+    )
+
+
+def folder_bytes(path: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _folders(path: Path) -> list[Path]:
+    return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []

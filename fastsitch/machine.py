@@ -1,0 +1,105 @@
+"""What this machine can do, and what ``auto`` means on it."""
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from fastsitch.errors import ConfigError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+"""Names of dtypes as used in options and files. fp64 is for exactness tests and has no option."""
+
+PRECISIONS = ("auto", "bf16", "fp32")
+KERNELS = ("auto", "torch")
+
+
+def resolve_device(requested: str) -> torch.device:
+    """``auto`` (CUDA where there is one), ``cpu``, ``cuda`` or ``cuda:N``; raises ConfigError."""
+    if requested == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(requested)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {requested!r}: expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {requested!r} is not there: found {torch.cuda.device_count()} CUDA device(s); use --device cpu"
+        )
+    return device
+
+
+def configure(device: torch.device) -> None:
+    """Make results on this device repeatable bit by bit."""
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cudnn.benchmark = False
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "arm_bf16", "bf16"))
+
+
+def resolve_precision(requested: str, device: torch.device) -> str:
+    """``auto`` is bf16 where the device has it natively, otherwise fp32; raises ConfigError."""
+    if requested == "auto":
+        return "bf16" if native_bf16(device) else "fp32"
+    if requested not in DTYPES:
+        raise ConfigError(f"precision {requested!r}: expected one of {', '.join(PRECISIONS)}")
+    return requested
+
+
+def resolve_kernel(requested: str, device: torch.device) -> str:
+    """The implementation of the stitch operator on this device; raises ConfigError."""
+    if requested not in KERNELS:
+        raise ConfigError(f"kernel {requested!r}: expected one of {', '.join(KERNELS)}")
+    return "torch"
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could be allocated on the device now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    if sys.platform == "linux":
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return min(int(line.split()[1]) * 1024, _cgroup_headroom())
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def _cgroup_headroom() -> int:
+    """What the container's memory limit leaves, where there is one."""
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if not limit.is_file() or limit.read_text().strip() == "max":
+        return sys.maxsize
+    return int(limit.read_text()) - int(used.read_text())
+
+
+def versions() -> dict[str, str]:
+    """Versions that belong into the provenance of a result."""
+    found = {"python": platform.python_version()}
+    for name in ("fastsitch", "torch", "torchvision", "triton", "numpy", "zarr", "zarrs", "safetensors"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def processor() -> str:
+    """A human-readable name of the CPU."""
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

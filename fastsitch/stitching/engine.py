@@ -1,0 +1,164 @@
+"""Train and evaluate all cells of a group as one batch."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.resident import ResidentSource, ResidentSplit
+from fastsitch.errors import ConfigError
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.stitching.bank import StitchBank
+from fastsitch.stitching.cascade import Cascade, cross_entropy
+from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.schedule import stitch_schedule
+
+DONE, DIVERGED = 1, 2
+"""Status of a trained cell, as exported (0 is: not run)."""
+
+_EVALUATION_SAMPLES = 8192
+"""Evaluation uses the largest batch with at most so many samples (stitches x images)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRecipe:
+    """How a group of stitches is trained: SGD on the sum over stitches of the mean loss over the batch."""
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What remains of a cell. Accuracy and loss are over the whole test set, NaN where the cell diverged."""
+
+    accuracy: float
+    loss: float
+    train_loss: float
+    status: int
+    weight_FD: Tensor
+    bias_D: Tensor
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Progress inside a group: steps done, steps in all, samples (cells x images) processed so far."""
+
+    step: int
+    steps: int
+    samples: int
+
+
+def train_group(
+    receiver: FrozenNetwork,
+    source: ResidentSource,
+    cells: Sequence[Cell],
+    recipe: TrainingRecipe,
+    order: ImageOrder,
+    *,
+    report: Callable[[StepReport], None] | None = None,
+) -> dict[Cell, CellResult]:
+    """Train ``cells`` together, then evaluate them on the whole test set.
+
+    All cells share the receiver, the sender (``source``) and the order of images. Results do not depend on which
+    other cells are in the group. The receiver's dtype is the compute dtype. Raises ConfigError when there are fewer
+    training images than one batch.
+    """
+    bank = StitchBank(
+        cells,
+        source.shapes,
+        [position.shape for position in receiver.positions],
+        dtype=receiver.dtype,
+        device=receiver.device,
+    )
+    train_loss = _train(receiver, source.train, bank, recipe, order, report)
+    accuracy, loss = evaluate(receiver, source.test, bank)
+    finite = (bank.finite() & loss.isfinite() & train_loss.isfinite()).tolist()
+    stitches = bank.stitches()
+    return {
+        cell: CellResult(
+            accuracy[k].item() if finite[k] else float("nan"),
+            loss[k].item() if finite[k] else float("nan"),
+            train_loss[k].item(),
+            DONE if finite[k] else DIVERGED,
+            *stitches[cell],
+        )
+        for k, cell in enumerate(bank.cells)
+    }
+
+
+def _train(
+    receiver: FrozenNetwork,
+    split: ResidentSplit,
+    bank: StitchBank,
+    recipe: TrainingRecipe,
+    order: ImageOrder,
+    report: Callable[[StepReport], None] | None,
+) -> Tensor:
+    """Train in place; return the mean loss of each cell over the last epoch (K,), on the device."""
+    steps_per_epoch = len(split) // recipe.batch_size
+    if steps_per_epoch == 0:
+        raise ConfigError(
+            f"{len(split)} training images are fewer than one batch of {recipe.batch_size}: "
+            f"use --batch-size {len(split)} or less"
+        )
+    schedule = stitch_schedule(recipe.name, peak=recipe.lr, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)
+    optimizer = torch.optim.SGD(
+        [bank.parameters], lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+    cascade = Cascade(receiver, bank.counts, recipe.batch_size)
+    loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=receiver.device)
+    step = 0
+    for epoch in range(recipe.epochs):
+        loss_sum.zero_()
+        for index in _batches(order, epoch, len(split), recipe.batch_size, receiver.device):
+            optimizer.param_groups[0]["lr"] = schedule.rate(step)
+            loss_sum += train_step(cascade, bank, split, index, optimizer)
+            step += 1
+            if report is not None:
+                report(StepReport(step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
+    bank.refresh()
+    return loss_sum / steps_per_epoch
+
+
+def train_step(
+    cascade: Cascade, bank: StitchBank, split: ResidentSplit, index: Tensor, optimizer: torch.optim.Optimizer
+) -> Tensor:
+    """One step of all stitches on the images ``index``: forward, backward, update. Returns the losses (K,)."""
+    batch = split.batch(index)
+    bank.refresh()
+    logits = cascade.forward(lambda j, out: bank.forward(j, batch, out))
+    loss, g_logits = cross_entropy(logits, split.labels.index_select(0, index))
+    for j, g in cascade.backward(g_logits):
+        bank.backward(j, batch, g)
+    optimizer.step()
+    return loss
+
+
+def evaluate(receiver: FrozenNetwork, split: ResidentSplit, bank: StitchBank) -> tuple[Tensor, Tensor]:
+    """Accuracy and mean loss of every cell over the whole split (K,), in fp64."""
+    size = max(1, min(len(split), _EVALUATION_SAMPLES // max(1, len(bank.cells))))
+    correct = torch.zeros(len(bank.cells), dtype=torch.float64, device=receiver.device)
+    loss_sum = torch.zeros_like(correct)
+    for start in range(0, len(split), size):
+        index = torch.arange(start, min(start + size, len(split)), device=receiver.device)
+        batch = split.batch(index)
+        labels = split.labels[start : start + size]
+        cascade = Cascade(receiver, bank.counts, len(index))
+        logits = cascade.infer(lambda j, out, batch=batch: bank.forward(j, batch, out))  # type: ignore[misc]
+        correct += (logits.argmax(-1) == labels).sum(-1)
+        loss_sum += cross_entropy(logits, labels)[0].double() * len(index)
+    return correct / len(split), loss_sum / len(split)
+
+
+def _batches(order: ImageOrder, epoch: int, images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
+    """The indices of every full batch of an epoch; the last partial batch is dropped."""
+    permutation = order.epoch(epoch, images).to(device)
+    for start in range(0, images - batch_size + 1, batch_size):
+        yield permutation[start : start + batch_size]

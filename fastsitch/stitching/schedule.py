@@ -1,0 +1,35 @@
+"""Learning rates, step by step."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Linear warm-up to ``peak``, then cosine to 0 at ``decay_end``; the run may stop earlier. In steps."""
+
+    peak: float
+    steps: int
+    warmup: int
+    decay_end: int
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 0, 1, ..., steps - 1."""
+        if step < self.warmup:
+            return self.peak * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.decay_end - self.warmup)
+        return self.peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def stitch_schedule(recipe: str, *, peak: float, epochs: int, steps_per_epoch: int) -> Schedule:
+    """The schedule of a stitching recipe.
+
+    ``paper`` and ``small``: one epoch of warm-up, or 10 % of the steps with fewer than 4 epochs, then cosine to 0.
+    ``published-schedule``: the warm-up of 10 epochs in the authors' code, which 4 epochs never complete.
+    """
+    steps = epochs * steps_per_epoch
+    if recipe == "published-schedule":
+        warmup = 10 * steps_per_epoch
+        return Schedule(peak=peak, steps=steps, warmup=warmup, decay_end=max(steps, warmup))
+    warmup = steps_per_epoch if epochs >= 4 else max(1, round(0.1 * steps))
+    return Schedule(peak=peak, steps=steps, warmup=warmup, decay_end=steps)

@@ -1,0 +1,150 @@
+"""What a sweep is asked to do."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from fastsitch.activations.order import ImageOrder
+from fastsitch.data import DEFAULT_DATASET
+from fastsitch.errors import ConfigError
+from fastsitch.identity import stable_hash
+from fastsitch.machine import DTYPES, KERNELS
+from fastsitch.networks.names import NetworkName
+from fastsitch.stitching.engine import TrainingRecipe
+
+SETTINGS = ("T2T", "T2R", "R2T", "R2R")
+"""Trained (T) or randomly initialised (R) sender, then receiver."""
+
+STITCH_RECIPES = {
+    "paper": TrainingRecipe(name="paper", epochs=4, batch_size=256, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "small": TrainingRecipe(name="small", epochs=2, batch_size=64, lr=0.01, momentum=0.9, weight_decay=0.01),
+    "published-schedule": TrainingRecipe(
+        name="published-schedule", epochs=4, batch_size=256, lr=0.01, momentum=0.9, weight_decay=0.01
+    ),
+}
+"""``paper`` as the text of the study states it, ``small`` for small data, ``published-schedule`` with the learning
+rates that the authors' code really used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Everything that a sweep's results depend on, beside networks, data and machine; checked on construction."""
+
+    dataset: str
+    senders: tuple[str, ...]
+    receivers: tuple[str, ...]
+    settings: tuple[str, ...] = ("T2T",)
+    loss: str = "task"
+    seeds: tuple[int, ...] = (0,)
+    recipe: TrainingRecipe = field(default_factory=lambda: STITCH_RECIPES["paper"])
+    group_size: str = "auto"
+    """``auto``, or the largest number of cells to train in one batch."""
+    precision: str = "auto"
+    kernel: str = "auto"
+    block: int = ImageOrder.block
+    """Consecutive images that stay together in the first level of shuffling."""
+    window: int = ImageOrder.window
+    """Images that are shuffled among each other in the second level."""
+
+    def __post_init__(self) -> None:
+        for role, names in (("senders", self.senders), ("receivers", self.receivers)):
+            if not names:
+                raise ConfigError(f"no {role}: name at least one network with --{role}")
+            for name in names:
+                if NetworkName.parse(name).random:
+                    raise ConfigError(
+                        f"--{role} {name}: controls come from --settings R2T, T2R or R2R; name the trained network"
+                    )
+        _expect("--settings", self.settings, SETTINGS)
+        if self.loss != "task":
+            raise ConfigError(f"--loss {self.loss}: expected task")
+        if not self.seeds or any(seed < 0 for seed in self.seeds):
+            raise ConfigError(f"--seeds {','.join(map(str, self.seeds)) or '(none)'}: expected numbers from 0")
+        recipe = self.recipe
+        if recipe.name not in STITCH_RECIPES:
+            raise ConfigError(f"--recipe {recipe.name}: expected one of {', '.join(STITCH_RECIPES)}")
+        if recipe.epochs < 1:
+            raise ConfigError(f"--epochs {recipe.epochs}: expected at least 1")
+        if recipe.batch_size < 1:
+            raise ConfigError(f"--batch-size {recipe.batch_size}: expected at least 1")
+        if not 0 < recipe.lr < float("inf"):
+            raise ConfigError(f"--lr {recipe.lr}: expected a number above 0")
+        if self.group_size != "auto" and (not self.group_size.isdecimal() or int(self.group_size) < 1):
+            raise ConfigError(f"--group-size {self.group_size}: expected auto or a number from 1")
+        if self.precision != "auto" and self.precision not in DTYPES:
+            raise ConfigError(f"--precision {self.precision}: expected auto, bf16 or fp32")
+        if self.kernel not in KERNELS:
+            raise ConfigError(f"--kernel {self.kernel}: expected one of {', '.join(KERNELS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "SweepConfig":
+        recipe = TrainingRecipe(**content["recipe"])
+        lists = {key: tuple(content[key]) for key in ("senders", "receivers", "settings", "seeds")}
+        return cls(**{**content, **lists, "recipe": recipe})
+
+    @property
+    def hash(self) -> str:
+        return stable_hash(self.to_dict())
+
+    @property
+    def default_run_name(self) -> str:
+        """What the run is called when it is not given a name."""
+        return f"sweep-{self.hash[:10]}"
+
+
+def sweep_config(
+    *,
+    dataset: str,
+    senders: Sequence[str],
+    receivers: Sequence[str],
+    recipe: str | None = None,
+    epochs: int | None = None,
+    lr: float | None = None,
+    batch_size: int | None = None,
+    group_size: int | str = "auto",
+    settings: Sequence[str] = ("T2T",),
+    seeds: Sequence[int] = (0,),
+    **others: Any,
+) -> SweepConfig:
+    """A checked configuration from a recipe's name and what differs from it; raises ConfigError.
+
+    The default recipe is ``small`` for the embedded data set and ``paper`` for all others. Names are brought into
+    their shortest form (``R1111@0`` is ``R1111``), repeated ones count once.
+    """
+    name = recipe or ("small" if dataset == DEFAULT_DATASET else "paper")
+    if name not in STITCH_RECIPES:
+        raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
+    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    return SweepConfig(
+        dataset=dataset,
+        senders=_canonical(senders),
+        receivers=_canonical(receivers),
+        recipe=replace(STITCH_RECIPES[name], **{key: value for key, value in changes.items() if value is not None}),
+        group_size=str(group_size),
+        settings=tuple(dict.fromkeys(settings)),
+        seeds=tuple(dict.fromkeys(seeds)),
+        **others,
+    )
+
+
+def checked_run_name(name: str) -> str:
+    """A name that can be a folder; raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ConfigError(
+            f"--run {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
+        )
+    return name
+
+
+def _canonical(names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(NetworkName.parse(name)) for name in names))
+
+
+def _expect(option: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+    wrong = [value for value in values if value not in allowed]
+    if wrong or not values:
+        raise ConfigError(f"{option} {','.join(wrong) or '(none)'}: expected some of {', '.join(allowed)}")

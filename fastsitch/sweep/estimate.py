@@ -1,0 +1,190 @@
+"""What a sweep would take, from names alone: nothing is loaded, trained or written."""
+
+import itertools
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from fastsitch.data import SIZES, DatasetSize, load_dataset
+from fastsitch.errors import DataError
+from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
+from fastsitch.networks.checkpoint import namesake, read_record
+from fastsitch.networks.names import BLOCKS, NetworkName
+from fastsitch.networks.resnet import position_shapes
+from fastsitch.root import Root
+from fastsitch.stitching.geometry import Geometry, Shape
+from fastsitch.sweep.config import SweepConfig
+from fastsitch.sweep.plan import (
+    PlannedUnit,
+    automatic_group_size,
+    group_memory,
+    plan_units,
+    split_groups,
+    unit_cells,
+)
+
+ASSUMED_WIDTH = 64
+"""Width of a network that is not trained yet: that of the published study."""
+
+_STEP_OVERHEAD = 1.4
+"""Time of a training step over that of its bare convolutions (measured on a CPU, see bench/README.md)."""
+
+
+@dataclass(frozen=True)
+class UnitEstimate:
+    """One unit: its cells by kind of stitch, trainable parameters, and FLOPs of training and evaluation."""
+
+    planned: PlannedUnit
+    kinds: dict[str, int]
+    parameters: int
+    groups: int
+    flops: float
+
+    @property
+    def cells(self) -> int:
+        return sum(self.kinds.values())
+
+
+@dataclass(frozen=True)
+class SweepEstimate:
+    """A sweep before it runs. Bytes and seconds are predictions of a model, not measurements."""
+
+    config: SweepConfig
+    data: DatasetSize
+    positions: dict[NetworkName, list[tuple[str, Shape]]]
+    assumed: list[NetworkName]
+    """Networks that are not trained yet, taken at ASSUMED_WIDTH."""
+    units: list[UnitEstimate]
+    device: str
+    precision: str
+    group_size: int
+    memory: int
+    """Peak bytes: one sender's representations and one training step."""
+    disk: int
+    """Bytes of the activation stores that do not exist yet, and of the results."""
+    seconds: float
+    """At the rate of convolution measured just now."""
+
+    @property
+    def cells(self) -> int:
+        return sum(unit.cells for unit in self.units)
+
+
+def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> SweepEstimate:
+    """Units, cells, shapes, stitches, parameters, memory, time and disk of a sweep."""
+    torch_device = resolve_device(device)
+    precision = resolve_precision(config.precision, torch_device)
+    dtype = DTYPES[precision]
+    data = _data_size(root, config.dataset)
+    units = plan_units(config)
+    positions: dict[NetworkName, list[tuple[str, Shape]]] = {}
+    assumed = []
+    for name in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver)):
+        folder = root.models(config.dataset)
+        record = namesake(folder, name) if name.random else read_record(folder, name)
+        if record is None:
+            assumed.append(name)
+        width = ASSUMED_WIDTH if record is None else record.width
+        positions[name] = position_shapes(BLOCKS[name.architecture], width, (data.height, data.width))
+    shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
+    resident = max(_elements(own) for own in shapes.values()) * (data.train + data.test) * dtype.itemsize
+    pairs = [(len(shapes[planned.sender]), shapes[planned.receiver]) for planned in units]
+    if config.group_size == "auto":
+        budget = int(0.4 * max(0, available_memory(torch_device) - resident))
+        group_size = automatic_group_size(pairs, config.recipe.batch_size, dtype.itemsize, budget)
+    else:
+        group_size = int(config.group_size)
+    estimates, step_memory = [], 0
+    for planned in units:
+        sender, receiver = shapes[planned.sender], shapes[planned.receiver]
+        groups = split_groups(unit_cells(planned.unit, len(sender), len(receiver)), group_size)
+        counts = [[sum(cell.j == j for cell in group) for j in range(len(receiver))] for group in groups]
+        step_memory = max(
+            step_memory,
+            *(group_memory(own, receiver, config.recipe.batch_size, dtype.itemsize) for own in counts),
+        )
+        estimates.append(_unit(planned, sender, receiver, len(groups), config, data))
+    missing = {planned.sender for planned in units if not root.store(config.dataset, planned.sender).exists()}
+    stores = sum(_elements(shapes[name]) * (data.train + data.test) * 2 for name in missing)
+    return SweepEstimate(
+        config=config,
+        data=data,
+        positions=positions,
+        assumed=assumed,
+        units=estimates,
+        device=torch_device.type,
+        precision=precision,
+        group_size=group_size,
+        memory=resident + step_memory,
+        disk=stores + 4 * sum(unit.parameters for unit in estimates),
+        seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD,
+    )
+
+
+def _unit(
+    planned: PlannedUnit,
+    sender: list[Shape],
+    receiver: list[Shape],
+    groups: int,
+    config: SweepConfig,
+    data: DatasetSize,
+) -> UnitEstimate:
+    kinds: Counter[str] = Counter()
+    parameters, flops = 0, 0.0
+    blocks = _block_flops(BLOCKS[planned.receiver.architecture], receiver)
+    epoch_images = data.train // config.recipe.batch_size * config.recipe.batch_size
+    for j, target in enumerate(receiver):
+        behind = sum(blocks[j:])
+        for origin in sender:
+            geometry = Geometry.between(origin, target)
+            kinds[geometry.kind] += 1
+            parameters += geometry.parameters
+            stitch = 2 * geometry.rows * geometry.features * target[0]
+            # forward and activation gradient of the receiver; forward and weight gradient of the stitch
+            flops += (config.recipe.epochs * epoch_images * 2 + data.test) * (behind + stitch)
+    return UnitEstimate(planned, dict(kinds), parameters, groups, flops)
+
+
+def _block_flops(blocks: tuple[int, ...], shapes: list[Shape]) -> list[float]:
+    """Forward FLOPs per image of every block 1 ... p, so that the blocks behind position j are ``[j:]``."""
+    flops = []
+    for (before, _, _), (channels, height, width) in itertools.pairwise(shapes):
+        taps = 9 * before + 9 * channels + (before if before != channels else 0)
+        flops.append(2.0 * height * width * channels * taps)
+    assert len(flops) == sum(blocks)
+    return flops
+
+
+def _elements(shapes: list[Shape]) -> int:
+    return sum(channels * height * width for channels, height, width in shapes)
+
+
+def _data_size(root: Root, name: str) -> DatasetSize:
+    """Known for the named data sets; counted for files that are there; otherwise a guess, marked so."""
+    if name in SIZES:
+        return SIZES[name]
+    try:
+        dataset = load_dataset(name, root.data_dir)
+    except DataError:
+        return replace(SIZES["cifar10"], assumed=True)
+    _, height, width = dataset.input_shape
+    return DatasetSize(len(dataset.train), len(dataset.test), dataset.classes, height, width)
+
+
+def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of a 3x3 convolution of 64 channels on 32x32 images, measured now; the median of 5."""
+    images = 1024 if device.type == "cuda" else 64
+    x = torch.randn(images, 64, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    w = torch.randn(64, 64, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    times = []
+    with torch.no_grad():
+        for _ in range(6):
+            start = time.perf_counter()
+            F.conv2d(x, w, padding=1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - start)
+    return 2.0 * images * 32 * 32 * 64 * 64 * 9 / sorted(times[1:])[2]

@@ -1,0 +1,283 @@
+"""Carry out a sweep: load each sender once, train every missing unit into every receiver, save unit by unit."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+
+from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.precompute import ensure_store
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.data import Dataset, load_dataset
+from fastsitch.errors import ConfigError, NetworkError, RunError
+from fastsitch.files import exclusive
+from fastsitch.machine import (
+    DTYPES,
+    available_memory,
+    configure,
+    resolve_device,
+    resolve_kernel,
+    resolve_precision,
+)
+from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.training import evaluate_network
+from fastsitch.root import Root
+from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.engine import CellResult, StepReport, train_group
+from fastsitch.stitching.geometry import Geometry
+from fastsitch.sweep.config import SweepConfig, checked_run_name
+from fastsitch.sweep.plan import PlannedUnit, automatic_group_size, plan_units, split_groups, unit_cells
+from fastsitch.sweep.results import NetworkInput, Resolved, Run
+
+log = logging.getLogger(__name__)
+
+_MEMORY_SHARE = 0.4
+"""Share of the free memory that a group's training step may take when the group size is automatic."""
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Progress of a sweep: cells done (partial ones count in part), cells in all, what is being trained."""
+
+    cells: float
+    total: int
+    unit: str
+
+
+Report = Callable[[SweepReport], None]
+
+
+@torch.no_grad()
+def run_sweep(
+    root: Root,
+    config: SweepConfig,
+    *,
+    run: str | None = None,
+    device: str = "auto",
+    report: Report | None = None,
+) -> Run:
+    """Train all cells of ``config`` that the run does not have yet; return the run.
+
+    Networks have to be trained (NetworkError otherwise); stores that are missing are made. Raises RunError when the
+    run of that name has another configuration, or began on another kind of device.
+    """
+    name = checked_run_name(run or config.default_run_name)
+    units = plan_units(config)
+    require_networks(root, config)
+    torch_device = resolve_device(device)
+    configure(torch_device)
+    dataset = load_dataset(config.dataset, root.data_dir)
+    if len(dataset.train) < config.recipe.batch_size:
+        raise ConfigError(
+            f"{len(dataset.train)} training images are fewer than one batch of {config.recipe.batch_size}: "
+            f"use --batch-size {len(dataset.train)} or less"
+        )
+    networks = _Networks(root, dataset, torch_device)
+    inputs = {
+        network: networks.describe(network)
+        for network in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver))
+    }
+    _check_geometries(units, inputs)
+    path = root.run(config.dataset, name)
+    with exclusive(path.with_name(path.name + ".lock"), f"run {name!r}"):
+        current = _open_run(root, name, config, inputs, dataset, torch_device)
+        log.info("run %s: %s", name, _describe(current.resolved))
+        _Execution(root, current, dataset, networks, torch_device, report).carry_out()
+    return current
+
+
+class _Execution:
+    def __init__(
+        self,
+        root: Root,
+        run: Run,
+        dataset: Dataset,
+        networks: "_Networks",
+        device: torch.device,
+        report: Report | None,
+    ) -> None:
+        self.root = root
+        self.run = run
+        self.dataset = dataset
+        self.networks = networks
+        self.device = device
+        self.report = report
+        self.dtype = DTYPES[run.resolved.precision]
+        self.total = sum(self._cells(planned) for planned in run.units)
+        self.finished = sum(self._cells(planned) for planned in run.units if run.done(planned.unit))
+
+    def carry_out(self) -> None:
+        missing = [planned for planned in self.run.units if not self.run.done(planned.unit)]
+        if len(missing) < len(self.run.units):
+            log.info("%d of %d units are done already", len(self.run.units) - len(missing), len(self.run.units))
+        for sender, group in groupby(missing, key=lambda planned: planned.sender):
+            source, store_hash = self._load(sender)
+            for planned in group:
+                results = self._train(planned, source)
+                self.run.save(planned.unit, results, store_hash)
+                self.finished += len(results)
+                self._tell(0.0, planned)
+
+    def _load(self, sender: NetworkName) -> tuple[ResidentSource, str]:
+        """The sender's representations, from its store; the store is made when it is missing."""
+        path = self.root.store(self.run.config.dataset, sender)
+        if not path.exists():
+            log.info("%s has no activation store yet: making %s", sender, path)
+        store, _ = ensure_store(path, self.dataset, self.networks.load(sender), device=self.device, content_only=True)
+        for planned in self.run.units:
+            if planned.sender == sender and self.run.done(planned.unit):
+                used = str(self.run.read(planned.unit)["store_hash"])
+                if used != store.identity.hash:
+                    raise RunError(
+                        f"unit {planned.unit.name} of run {self.run.name!r} was trained on another store than "
+                        f"{path} ({store.identity.dtype}, computed in {store.identity.compute}): "
+                        "make the store as it was, or use another --run name"
+                    )
+        return ResidentSource.load(store, dtype=self.dtype, device=self.device), store.identity.hash
+
+    def _train(self, planned: PlannedUnit, source: ResidentSource) -> dict[Cell, CellResult]:
+        receiver = self.networks.frozen(planned.receiver, self.dtype)
+        cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
+        order = ImageOrder(seed=planned.unit.seed, block=self.run.config.block, window=self.run.config.window)
+        results: dict[Cell, CellResult] = {}
+        for group in split_groups(cells, self.run.resolved.group_size):
+
+            def tell(step: StepReport, size: int = len(group)) -> None:
+                self._tell(len(results) + size * step.step / step.steps, planned)
+
+            results |= train_group(receiver, source, group, self.run.config.recipe, order, report=tell)
+        return results
+
+    def _tell(self, partial: float, planned: PlannedUnit) -> None:
+        if self.report is not None:
+            self.report(SweepReport(self.finished + partial, self.total, planned.unit.name))
+
+    def _cells(self, planned: PlannedUnit) -> int:
+        networks = self.run.networks
+        return len(networks[planned.sender].positions) * len(networks[planned.receiver].positions)
+
+
+class _Networks:
+    """Networks of one data set, each loaded once and, as a receiver, frozen once."""
+
+    def __init__(self, root: Root, dataset: Dataset, device: torch.device) -> None:
+        self._folder = root.models(dataset.name)
+        self._dataset = dataset
+        self._device = device
+        self._loaded: dict[NetworkName, Network] = {}
+        self._frozen: dict[NetworkName, FrozenNetwork] = {}
+
+    def load(self, name: NetworkName) -> Network:
+        if name not in self._loaded:
+            network = load_network(self._folder, name)
+            record, dataset = network.record, self._dataset
+            if (record.input_shape, record.classes) != (dataset.input_shape, dataset.classes):
+                raise NetworkError(
+                    f"{name} was made for images {record.input_shape} and {record.classes} classes, but "
+                    f"{dataset.name} has {dataset.input_shape} and {dataset.classes}: train it again with --force"
+                )
+            self._loaded[name] = network
+        return self._loaded[name]
+
+    def frozen(self, name: NetworkName, dtype: torch.dtype) -> FrozenNetwork:
+        if name not in self._frozen:
+            self._frozen[name] = FrozenNetwork(self.load(name).chain, dtype=dtype, device=self._device)
+        return self._frozen[name]
+
+    def describe(self, name: NetworkName) -> NetworkInput:
+        """What the run records; the accuracy of an untrained control is measured here."""
+        network = self.load(name)
+        accuracy = network.record.accuracy
+        if accuracy is None:
+            chain = network.chain.to(self._device)
+            test = self._dataset.test.to(self._device)
+            accuracy, _ = evaluate_network(chain, test, network.record.normalisation)
+            chain.cpu()
+        positions = tuple((position.name, position.shape) for position in network.chain.positions)
+        return NetworkInput(
+            weights_hash=network.record.weights_hash,
+            width=network.record.width,
+            accuracy=accuracy,
+            positions=positions,
+        )
+
+
+def require_networks(root: Root, config: SweepConfig) -> None:
+    """Raise NetworkError with the exact command line when a network of the sweep was never trained."""
+    folder = root.models(config.dataset)
+    missing = []
+    for planned in plan_units(config):
+        for name in (planned.sender, planned.receiver):
+            found = namesake(folder, name) if name.random else read_record(folder, name)
+            if found is None:
+                missing.append(NetworkName(name.architecture, seed=0 if name.random else name.seed))
+    if missing:
+        names = " ".join(str(name) for name in sorted(set(missing)))
+        where = "" if str(root.path) == "fastsitch-data" else f" --root {root.path}"
+        raise NetworkError(
+            f"not trained yet on {config.dataset}: {names}; train first with\n"
+            f"  fastsitch train {names} --dataset {config.dataset}{where}"
+        )
+
+
+def _open_run(
+    root: Root,
+    name: str,
+    config: SweepConfig,
+    inputs: dict[NetworkName, NetworkInput],
+    dataset: Dataset,
+    device: torch.device,
+) -> Run:
+    path = root.run(config.dataset, name)
+    if (path / "run.json").is_file():
+        run = Run.open(path)
+        run.require(config, inputs, dataset.hash)
+        if run.resolved.device != device.type:
+            raise RunError(
+                f"run {name!r} began on {run.resolved.device}: continue it with --device {run.resolved.device}, "
+                "or use another --run name"
+            )
+        return run
+    precision = resolve_precision(config.precision, device)
+    itemsize = DTYPES[precision].itemsize
+    pairs = [
+        (len(inputs[planned.sender].positions), [shape for _, shape in inputs[planned.receiver].positions])
+        for planned in plan_units(config)
+    ]
+    images = len(dataset.train) + len(dataset.test)
+    resident = max(
+        sum(shape[0] * shape[1] * shape[2] for _, shape in network.positions) * images * itemsize
+        for network in inputs.values()
+    )
+    budget = int(_MEMORY_SHARE * max(0, available_memory(device) - resident))
+    group_size = (
+        automatic_group_size(pairs, config.recipe.batch_size, itemsize, budget)
+        if config.group_size == "auto"
+        else int(config.group_size)
+    )
+    resolved = Resolved(
+        device=device.type,
+        precision=precision,
+        kernel=resolve_kernel(config.kernel, device),
+        group_size=group_size,
+        source="resident",
+    )
+    return Run.create(path, config, resolved, inputs, dataset.hash)
+
+
+def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput]) -> None:
+    for planned in units:
+        for _, sender in inputs[planned.sender].positions:
+            for _, receiver in inputs[planned.receiver].positions:
+                Geometry.between(sender, receiver)
+
+
+def _describe(resolved: Resolved) -> str:
+    return (
+        f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, "
+        f"groups of up to {resolved.group_size} cells, {resolved.source} representations"
+    )

@@ -1,0 +1,66 @@
+"""Matrices as NumPy files with a JSON sidecar, readable without fastsitch."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsitch.files import write_json, write_npz
+from fastsitch.stitching.cells import Unit
+from fastsitch.sweep.results import METRICS, Run
+
+
+def export_run(run: Run, out: Path) -> list[Path]:
+    """Write ``SENDER--RECEIVER.SETTING.npz`` and ``.json`` for every pair and setting; return the npz paths.
+
+    Arrays are float64 with rows = sender positions and columns = receiver positions (NaN where a cell is not done or
+    diverged); ``status`` is int8: 0 not run, 1 done, 2 diverged. With several seeds the mean, and ``*_by_seed`` with
+    the seeds as leading axis.
+    """
+    paths = []
+    for sender, receiver, setting in run.pairs():
+        unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
+        path = out / f"{unit.pair}.npz"
+        write_npz(path, _arrays(run, sender, receiver, setting))
+        write_json(path.with_suffix(".json"), _sidecar(run, sender, receiver, setting))
+        paths.append(path)
+    return paths
+
+
+def _arrays(run: Run, sender: str, receiver: str, setting: str) -> dict[str, NDArray[Any]]:
+    first, last = run.pair_networks(sender, receiver, setting)
+    arrays: dict[str, NDArray[Any]] = {
+        "sender_positions": np.array([name for name, _ in first.positions]),
+        "receiver_positions": np.array([name for name, _ in last.positions]),
+    }
+    for metric in METRICS:
+        dtype = np.int8 if metric == "status" else np.float64
+        arrays[metric] = run.matrix(sender, receiver, metric, setting=setting).astype(dtype)
+        if len(run.config.seeds) > 1:
+            arrays[f"{metric}_by_seed"] = run.matrix_by_seed(sender, receiver, metric, setting=setting).astype(dtype)
+    return arrays
+
+
+def _sidecar(run: Run, sender: str, receiver: str, setting: str) -> dict[str, Any]:
+    first, last = run.pair_networks(sender, receiver, setting)
+    config = run.config
+    return {
+        "run": run.name,
+        "dataset": config.dataset,
+        "data_hash": run.data_hash,
+        "sender": {"name": sender, "trained": setting[0] == "T", **_network(first)},
+        "receiver": {"name": receiver, "trained": setting[-1] == "T", **_network(last)},
+        "setting": setting,
+        "loss": config.loss,
+        "seeds": list(config.seeds),
+        "recipe": asdict(config.recipe),
+        "order": {"block": config.block, "window": config.window},
+        "resolved": asdict(run.resolved),
+        "versions": run.versions,
+    }
+
+
+def _network(network: Any) -> dict[str, Any]:
+    return {"accuracy": network.accuracy, "width": network.width, "weights_hash": network.weights_hash}

@@ -1,0 +1,275 @@
+"""A run on disk: its configuration, what ``auto`` chose, and one pair of files per finished unit."""
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+from torch import Tensor
+
+from fastsitch.errors import RunError
+from fastsitch.files import write_atomically, write_json, write_npz
+from fastsitch.identity import stable_hash
+from fastsitch.machine import versions
+from fastsitch.networks.names import NetworkName
+from fastsitch.stitching.cells import Cell, Unit
+from fastsitch.stitching.engine import CellResult
+from fastsitch.sweep.config import SweepConfig
+from fastsitch.sweep.plan import PlannedUnit, plan_units
+
+_FORMAT = 1
+
+METRICS = ("accuracy", "accuracy_ratio", "accuracy_drop", "loss", "train_loss", "status")
+"""What :meth:`Run.matrix` knows."""
+
+_RAW = ("accuracy", "loss", "train_loss", "status")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkInput:
+    """What a run records of a network it uses."""
+
+    weights_hash: str
+    width: int
+    accuracy: float
+    positions: tuple[tuple[str, tuple[int, int, int]], ...]
+    """Name and shape (C, H, W) of every position."""
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "NetworkInput":
+        positions = tuple((name, (shape[0], shape[1], shape[2])) for name, shape in content["positions"])
+        return cls(**{**content, "positions": positions})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """What ``auto`` chose when the run began; frozen into it."""
+
+    device: str
+    precision: str
+    kernel: str
+    group_size: int
+    source: str
+
+
+class Run:
+    """A sweep's results, finished or not."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: SweepConfig,
+        resolved: Resolved,
+        networks: Mapping[NetworkName, NetworkInput],
+        data_hash: str,
+        provenance: dict[str, str],
+    ) -> None:
+        self.path = path
+        self.config = config
+        self.resolved = resolved
+        self.networks = networks
+        self.data_hash = data_hash
+        self.versions = provenance
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @classmethod
+    def create(
+        cls,
+        path: Path,
+        config: SweepConfig,
+        resolved: Resolved,
+        networks: Mapping[NetworkName, NetworkInput],
+        data_hash: str,
+    ) -> "Run":
+        """Write ``run.json`` of a new run."""
+        run = cls(path, config, resolved, networks, data_hash, versions())
+        write_json(
+            path / "run.json",
+            {
+                "format": _FORMAT,
+                "config": config.to_dict(),
+                "resolved": asdict(resolved),
+                "networks": {str(name): asdict(network) for name, network in networks.items()},
+                "data_hash": data_hash,
+                "versions": run.versions,
+            },
+        )
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "Run":
+        """Open an existing run; raises RunError when there is none or its file is damaged."""
+        file = path / "run.json"
+        if not file.is_file():
+            known = sorted(entry.parent.name for entry in path.parent.glob("*/run.json"))
+            raise RunError(f"no run {path.name!r} in {path.parent}: found {', '.join(known) or 'none'}")
+        try:
+            content = json.loads(file.read_text())
+            if content["format"] != _FORMAT:
+                raise RunError(f"{file} has format {content['format']}, expected {_FORMAT}: start a new run with --run")
+            return cls(
+                path,
+                SweepConfig.from_dict(content["config"]),
+                Resolved(**content["resolved"]),
+                {
+                    NetworkName.parse(name): NetworkInput.from_dict(network)
+                    for name, network in content["networks"].items()
+                },
+                content["data_hash"],
+                content["versions"],
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"{file} is damaged ({error}): start a new run with another --run name") from None
+
+    def require(self, config: SweepConfig, networks: Mapping[NetworkName, NetworkInput], data_hash: str) -> None:
+        """Raise RunError naming what differs when this run is not the one described."""
+        differing = _differences(self.config.to_dict(), config.to_dict())
+        if differing:
+            raise RunError(
+                f"run {self.name!r} has another configuration: {'; '.join(differing)}; use another --run name"
+            )
+        if self.data_hash != data_hash:
+            raise RunError(f"the data set has changed since run {self.name!r} began; use another --run name")
+        changed = [str(name) for name, network in networks.items() if self.networks.get(name) != network]
+        if changed:
+            raise RunError(
+                f"{', '.join(changed)} was trained again since run {self.name!r} began; use another --run name"
+            )
+
+    @cached_property
+    def units(self) -> list[PlannedUnit]:
+        """All units of the run, done or not."""
+        return plan_units(self.config)
+
+    def done(self, unit: Unit) -> bool:
+        """Whether a unit's results are saved."""
+        return self._file(unit).is_file()
+
+    def save(self, unit: Unit, results: Mapping[Cell, CellResult], store_hash: str) -> None:
+        """Save a unit: stitches first, then the matrices, whose presence says that the unit is done."""
+        shape = (max(cell.i for cell in results) + 1, max(cell.j for cell in results) + 1)
+        assert len(results) == shape[0] * shape[1]
+        arrays: dict[str, NDArray[Any]] = {name: np.full(shape, np.nan) for name in _RAW[:-1]}
+        arrays["status"] = np.zeros(shape, np.int8)
+        weights: dict[str, Tensor] = {}
+        for cell, result in results.items():
+            for name in _RAW:
+                arrays[name][cell.i, cell.j] = getattr(result, name)
+            weights[f"{cell.i}-{cell.j}.weight"] = result.weight_FD.to(torch.float32).contiguous()
+            weights[f"{cell.i}-{cell.j}.bias"] = result.bias_D.to(torch.float32).contiguous()
+        stitches = format_safetensors(weights)
+        write_atomically(self._file(unit, ".safetensors"), lambda file: file.write(stitches))
+        write_npz(self._file(unit), {"store_hash": np.array(store_hash), **arrays})
+
+    def read(self, unit: Unit) -> dict[str, NDArray[Any]]:
+        """The raw matrices of a finished unit; raises RunError when the file is damaged."""
+        try:
+            with np.load(self._file(unit), allow_pickle=False) as file:
+                return {name: file[name] for name in (*_RAW, "store_hash")}
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise RunError(f"{self._file(unit)} is damaged ({error}): delete it and sweep again") from None
+
+    def stitch(self, cell: Cell) -> tuple[Tensor, Tensor]:
+        """Weight (F, D), features ordered (ky, kx, c), and bias (D,) of a trained stitch, fp32."""
+        file = self._file(cell.unit, ".safetensors")
+        try:
+            weights = parse_safetensors(file.read_bytes())
+            return weights[f"{cell.i}-{cell.j}.weight"], weights[f"{cell.i}-{cell.j}.bias"]
+        except FileNotFoundError:
+            raise RunError(f"unit {cell.unit.name} of run {self.name!r} is not done") from None
+        except (SafetensorError, KeyError) as error:
+            raise RunError(f"{file} has no stitch ({cell.i}, {cell.j}) ({error})") from None
+
+    def pairs(self) -> Iterator[tuple[str, str, str]]:
+        """(sender, receiver, setting) of every exported matrix, in the order of the plan."""
+        yield from dict.fromkeys((u.unit.sender, u.unit.receiver, u.unit.setting) for u in self.units)
+
+    def pair_networks(self, sender: str, receiver: str, setting: str = "T2T") -> tuple[NetworkInput, NetworkInput]:
+        """The networks behind a pair and setting; raises RunError when the run has no such pair."""
+        for planned in self.units:
+            unit = planned.unit
+            if (unit.sender, unit.receiver, unit.setting) == (sender, receiver, setting):
+                return self.networks[planned.sender], self.networks[planned.receiver]
+        raise RunError(
+            f"run {self.name!r} has no pair {sender}--{receiver}.{setting}: it joins "
+            f"{', '.join(self.config.senders)} to {', '.join(self.config.receivers)} in "
+            f"{', '.join(self.config.settings)}"
+        )
+
+    def matrix_by_seed(self, sender: str, receiver: str, metric: str, *, setting: str = "T2T") -> NDArray[Any]:
+        """A metric of all cells, (seeds, sender positions, receiver positions); NaN where a cell is not done.
+
+        Metrics are listed in METRICS; ``accuracy_ratio`` and ``accuracy_drop`` refer to the receiver's own accuracy.
+        """
+        if metric not in METRICS:
+            raise RunError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
+        first, last = self.pair_networks(sender, receiver, setting)
+        raw = metric if metric in _RAW else "accuracy"
+        missing = 0 if metric == "status" else np.nan
+        matrices = []
+        for seed in self.config.seeds:
+            unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=self.config.loss, seed=seed)
+            if self.done(unit):
+                matrices.append(self.read(unit)[raw].astype(np.float64))
+            else:
+                matrices.append(np.full((len(first.positions), len(last.positions)), missing, np.float64))
+        stacked = np.stack(matrices)
+        if metric == "accuracy_ratio":
+            return np.asarray(stacked / last.accuracy if last.accuracy else stacked * np.nan)
+        return np.asarray(last.accuracy - stacked) if metric == "accuracy_drop" else stacked
+
+    def matrix(
+        self,
+        sender: str,
+        receiver: str,
+        metric: str = "accuracy",
+        *,
+        setting: str = "T2T",
+        seed: int | None = None,
+    ) -> NDArray[Any]:
+        """A metric of all cells: float64 (sender positions, receiver positions), rows = sender.
+
+        The mean over the run's seeds, or one of them. The status is the worst over seeds: 0 where any is not run,
+        else 2 where any diverged, else 1.
+        """
+        by_seed = self.matrix_by_seed(sender, receiver, metric, setting=setting)
+        if seed is not None:
+            if seed not in self.config.seeds:
+                raise RunError(f"run {self.name!r} has no seed {seed}: expected one of {self.config.seeds}")
+            return np.asarray(by_seed[self.config.seeds.index(seed)])
+        if metric == "status":
+            return np.asarray(np.where((by_seed == 0).any(0), 0, by_seed.max(0)))
+        return np.asarray(by_seed.mean(0))
+
+    def _file(self, unit: Unit, suffix: str = ".npz") -> Path:
+        return self.path / "units" / (unit.name + suffix)
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """``key: X there, Y asked for`` for every key of nested mappings that differs."""
+    differing = []
+    for key in sorted({*found, *wanted}):
+        there, asked = found.get(key), wanted.get(key)
+        if isinstance(there, Mapping) and isinstance(asked, Mapping):
+            differing += _differences(there, asked, f"{prefix}{key}.")
+        elif stable_hash(there) != stable_hash(asked):
+            differing.append(f"{prefix}{key} is {_plain(there)} there, {_plain(asked)} was asked for")
+    return differing
+
+
+def _plain(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
