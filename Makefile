@@ -23,7 +23,7 @@ fix: $(READY)
 	$(BIN)/ruff format .
 
 gpu: $(READY)
-	$(BIN)/python bench/gpu.py
+	$(BIN)/python bench/gpu.py $(ARGS)
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fastsitch needs Python 3.11 or newer")'

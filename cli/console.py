@@ -61,19 +61,17 @@ class Progress:
         elapsed = now - self._began
         progressed = done - self._first
         rate = progressed / elapsed if elapsed > 0 else 0.0
-        left = duration((total - done) / rate) if rate > 0 else "?"
+        pace = f", {rate_text(rate, self.unit)}, {duration((total - done) / rate)} left" if rate > 0 else ""
         filled = round(_BAR * done / total) if total else _BAR
         bar = "#" * filled + "." * (_BAR - filled)
         amount = f"{done:.1f}" if self.unit == "cells" else f"{done:.0f}"
-        text = (
-            f"{self.what} [{bar}] {amount}/{total:.0f} {self.unit}, {rate_text(rate, self.unit)}, {left} left  {note}"
-        )
+        text = f"{self.what} [{bar}] {amount}/{total:.0f} {self.unit}{pace}  {note}".rstrip()
         self.clear()
         if self._terminal:
             sys.stderr.write(text)
             self._text = text
         else:
-            sys.stderr.write(text.rstrip() + "\n")
+            sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
     def clear(self) -> None:

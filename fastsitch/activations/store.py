@@ -42,6 +42,10 @@ SPLITS = ("train", "test")
 _STORED_AS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
 """bf16 is kept as bit patterns: Zarr has no such type. The true dtype is in the attributes and the manifest."""
 
+_MISSING = {"bf16": 0xFFFF, "fp16": float("nan"), "fp32": float("nan")}
+"""Fill values: NaN, which is never stored. Chunks full of the fill value are not written, so with 0 a chunk of zeros
+could not be told from a missing one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class StoreIdentity:
@@ -177,6 +181,7 @@ class StoreWriter:
                         chunks=(self.chunk_images(position), height, width, channels),
                         dtype=self._stored_as,
                         compressors=[*compressors, Crc32cCodec()],
+                        fill_value=_MISSING[identity.dtype],
                         attributes={"dtype": identity.dtype, "position": position.name},
                         **_ARRAY_OPTIONS,
                     )
@@ -187,6 +192,7 @@ class StoreWriter:
                         chunks=(images,),
                         dtype=np.int64,
                         compressors=[Crc32cCodec()],
+                        fill_value=-1,
                         **_ARRAY_OPTIONS,
                     )
 
@@ -245,9 +251,6 @@ class StoreWriter:
 
 _ARRAY_OPTIONS: dict[str, Any] = {
     "filters": None,
-    "fill_value": 0,
-    # an all-zero chunk has to exist, or a missing one could not be told from it
-    "config": {"write_empty_chunks": True},
     "chunk_key_encoding": {"name": "v2", "separator": "."},
 }
 

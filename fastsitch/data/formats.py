@@ -63,7 +63,7 @@ def read_cifar(folder: Path, files: tuple[str, ...], label_key: bytes) -> Arrays
 class _PlainUnpickler(pickle.Unpickler):
     """Builds NumPy arrays and Python containers, and nothing else."""
 
-    _ALLOWED = {"_reconstruct", "ndarray", "dtype", "scalar"}
+    _ALLOWED = frozenset({"_reconstruct", "ndarray", "dtype", "scalar"})
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy", "numpy.core.multiarray", "numpy._core.multiarray") and name in self._ALLOWED:
@@ -90,7 +90,7 @@ def read_npz(path: Path) -> tuple[Arrays, Arrays]:
     if not path.is_file():
         raise DataError(f"{path} does not exist: expected an npz file with x_train, y_train, x_test and y_test")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     except KeyError as error:
         raise DataError(f"{path} lacks an array ({error.args[0]}): expected x_train, y_train, x_test, y_test") from None

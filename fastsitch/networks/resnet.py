@@ -1,5 +1,6 @@
 """The small residual networks of the published study (CIFAR form: 3x3 stem, no max-pool)."""
 
+import math
 from typing import cast
 
 import torch
@@ -79,21 +80,20 @@ class SmallResNet(Chain):
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw all weights anew: convolutions by He's normal rule over the outgoing fan, as torchvision's ResNets do.
+    """Draw all weights anew, by PyTorch's own rules for convolutions and linear layers; BatchNorm is the identity.
 
-    BatchNorm starts as the identity, the classifier as a PyTorch linear layer. The generator lives on the CPU.
+    The generator lives on the CPU, so a seed means the same network everywhere.
     """
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_uniform_(module.weight, a=math.sqrt(5), generator=generator)
+            if module.bias is not None:
+                bound = 1 / math.sqrt(module.weight[0].numel())
+                nn.init.uniform_(module.bias, -bound, bound, generator=generator)
         elif isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Linear):
-            bound = module.in_features**-0.5
-            nn.init.uniform_(module.weight, -bound, bound, generator=generator)
-            nn.init.uniform_(module.bias, -bound, bound, generator=generator)
 
 
 def position_shapes(

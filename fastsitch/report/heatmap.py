@@ -59,31 +59,38 @@ def heatmap(
     return figure
 
 
+def pair_figure(run: Run, sender: str, receiver: str, setting: str) -> Figure:
+    """The heat map of one pair and setting; network accuracies in the title."""
+    first, last = run.pair_networks(sender, receiver, setting)
+    title = (
+        f"{setting}: {_kind(setting[0])} {sender} ({first.accuracy:.3f})"
+        f"  →  {_kind(setting[-1])} {receiver} ({last.accuracy:.3f})"
+    )
+    if len(run.config.seeds) > 1:
+        title += f", mean of {len(run.config.seeds)} seeds"
+    return heatmap(
+        run.matrix(sender, receiver, "accuracy", setting=setting),
+        run.matrix(sender, receiver, "status", setting=setting),
+        sender_positions=[name for name, _ in first.positions],
+        receiver_positions=[name for name, _ in last.positions],
+        title=title,
+        sender=sender,
+        receiver=receiver,
+    )
+
+
 def plot_run(run: Run, out: Path) -> list[Path]:
     """Write one heat map per pair and setting as PNG and PDF; return the PNG paths."""
     paths = []
     for sender, receiver, setting in run.pairs():
-        first, last = run.pair_networks(sender, receiver, setting)
-        kinds = ("trained", "random")
-        title = (
-            f"{setting}   "
-            f"sender {sender} ({kinds[setting[0] == 'R']}, {first.accuracy:.3f})  →  "
-            f"receiver {receiver} ({kinds[setting[-1] == 'R']}, {last.accuracy:.3f})"
-        )
-        if len(run.config.seeds) > 1:
-            title += f"\nmean of {len(run.config.seeds)} seeds"
-        figure = heatmap(
-            run.matrix(sender, receiver, "accuracy", setting=setting),
-            run.matrix(sender, receiver, "status", setting=setting),
-            sender_positions=[name for name, _ in first.positions],
-            receiver_positions=[name for name, _ in last.positions],
-            title=title,
-            sender=sender,
-            receiver=receiver,
-        )
+        figure = pair_figure(run, sender, receiver, setting)
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
         for kind in ("pdf", "png"):
             path = out / f"{unit.pair}.{kind}"
             write_atomically(path, partial(figure.savefig, format=kind, dpi=160))
         paths.append(path)
     return paths
+
+
+def _kind(letter: str) -> str:
+    return "trained" if letter == "T" else "random"

@@ -105,7 +105,7 @@ def _train(
     steps_per_epoch = len(split) // recipe.batch_size
     if steps_per_epoch == 0:
         raise ConfigError(
-            f"{len(split)} training images are fewer than one batch of {recipe.batch_size}: "
+            f"{len(split)} training images are fewer than one batch of {recipe.batch_size} images: "
             f"use --batch-size {len(split)} or less"
         )
     schedule = stitch_schedule(recipe.name, peak=recipe.lr, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)

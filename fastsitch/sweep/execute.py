@@ -73,7 +73,7 @@ def run_sweep(
     dataset = load_dataset(config.dataset, root.data_dir)
     if len(dataset.train) < config.recipe.batch_size:
         raise ConfigError(
-            f"{len(dataset.train)} training images are fewer than one batch of {config.recipe.batch_size}: "
+            f"{len(dataset.train)} training images are fewer than one batch of {config.recipe.batch_size} images: "
             f"use --batch-size {len(dataset.train)} or less"
         )
     networks = _Networks(root, dataset, torch_device)
@@ -146,8 +146,8 @@ class _Execution:
         results: dict[Cell, CellResult] = {}
         for group in split_groups(cells, self.run.resolved.group_size):
 
-            def tell(step: StepReport, size: int = len(group)) -> None:
-                self._tell(len(results) + size * step.step / step.steps, planned)
+            def tell(step: StepReport, before: int = len(results), size: int = len(group)) -> None:
+                self._tell(before + size * step.step / step.steps, planned)
 
             results |= train_group(receiver, source, group, self.run.config.recipe, order, report=tell)
         return results

@@ -178,7 +178,7 @@ class Run:
     def read(self, unit: Unit) -> dict[str, NDArray[Any]]:
         """The raw matrices of a finished unit; raises RunError when the file is damaged."""
         try:
-            with np.load(self._file(unit), allow_pickle=False) as file:
+            with self._file(unit).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
                 return {name: file[name] for name in (*_RAW, "store_hash")}
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise RunError(f"{self._file(unit)} is damaged ({error}): delete it and sweep again") from None

@@ -1,0 +1,103 @@
+"""Shared pieces: real images in small numbers, small networks, and the command line as a user runs it."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastsitch.data import Dataset, Split, load_dataset
+from fastsitch.identity import torch_generator
+from fastsitch.networks.names import BLOCKS
+from fastsitch.networks.resnet import SmallResNet, initialise
+
+torch.set_num_threads(1)
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def fashion() -> Dataset:
+    """The embedded data set."""
+    return load_dataset("fashion-mini", Path("unused"))
+
+
+@pytest.fixture(scope="session")
+def images(fashion: Dataset) -> torch.Tensor:
+    """Twelve real images, normalised, fp64 (12, 3, 32, 32)."""
+    return fashion.normalisation.apply(fashion.train.images[:12], torch.float64)
+
+
+@pytest.fixture
+def small_npz(fashion: Dataset, tmp_path: Path) -> Path:
+    """A data set of 160 + 80 real images as an npz file."""
+    path = tmp_path / "small.npz"
+    save_npz(path, fashion.train, fashion.test, 160, 80)
+    return path
+
+
+def save_npz(path: Path, train: Split, test: Split, trained: int, tested: int) -> None:
+    """Write the first images of both splits, grey and 28x28 as they came."""
+    np.savez(
+        path,
+        x_train=train.images[:trained, 2:30, 2:30, 0].numpy(),
+        y_train=train.labels[:trained].numpy(),
+        x_test=test.images[:tested, 2:30, 2:30, 0].numpy(),
+        y_test=test.labels[:tested].numpy(),
+    )
+
+
+def network(
+    architecture: str,
+    seed: int = 0,
+    width: int = 4,
+    classes: int = 10,
+    input_shape: tuple[int, int, int] = (3, 32, 32),
+) -> SmallResNet:
+    """An untrained network in fp64 and eval mode whose BatchNorm is not the identity."""
+    chain = SmallResNet(BLOCKS[architecture], width=width, classes=classes, input_shape=input_shape)
+    generator = torch_generator("test network", architecture, seed)
+    initialise(chain, generator)
+    for module in chain.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.3, 0.3),
+                (module.running_mean, -0.3, 0.3),
+                (module.running_var, 0.5, 2.0),
+            ):
+                torch.nn.init.uniform_(tensor, low, high, generator=generator)
+    return chain.double().eval()
+
+
+@pytest.fixture
+def run_cli(tmp_path: Path) -> Command:
+    """Run ``fastsitch`` in an empty working directory, as a user would; returns the finished process."""
+    place = tmp_path / "work"
+    place.mkdir()
+
+    def run(*arguments: str | Path, cwd: Path = place) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            cli_line(*arguments),
+            cwd=cwd,
+            env=cli_environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    return run
+
+
+def cli_line(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "fastsitch.cli.main", *map(str, arguments)]
+
+
+def cli_environment() -> dict[str, str]:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("FASTSITCH_")}
+    return {**kept, "OMP_NUM_THREADS": "1"}

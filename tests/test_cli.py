@@ -1,0 +1,197 @@
+"""The command line as a user meets it: exit codes, plain lines, no tracebacks."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fastsitch
+from fastsitch.cli.console import duration, rate_text, size, table
+from fastsitch.data import Dataset
+from tests.conftest import Command, save_npz
+
+
+@pytest.fixture(scope="module")
+def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with two trained networks on 160 images, a store and a run."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_npz(folder / "small.npz", fashion.train, fashion.test, 160, 80)
+    dataset = f"npz:{folder / 'small.npz'}"
+    fastsitch.train("R1111", "R1112", dataset=dataset, width=4, epochs=1, root=folder)
+    fastsitch.sweep(["R1111"], ["R1112"], root=folder, run="first", recipe="small", epochs=1, batch_size=16)
+    return folder
+
+
+def test_from_training_to_heat_maps(fashion: Dataset, tmp_path: Path, run_cli: Command) -> None:
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
+    dataset = f"npz:{tmp_path / 'small.npz'}"
+    trained = run_cli("train", "R1111", "R1112", "--dataset", dataset, "--width", "4", "--epochs", "1")
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"R1112: test accuracy 0\.\d{4}, width 4, 1 epochs on npz:", trained.stdout)
+    stored = run_cli("precompute", "R1111")
+    assert re.search(r"R1111: 5 positions, \d+\.\d [kM]B, made in \d+ s: fastsitch-data", stored.stdout)
+    assert "up to date" in run_cli("precompute", "R1111").stdout
+    options = ["--senders", "R1111", "--receivers", "R1112", "--settings", "T2T,R2T", "--recipe", "small"]
+    swept = run_cli("sweep", *options, "--epochs", "1", "--batch-size", "16")
+    assert swept.returncode == 0, swept.stderr
+    assert "R1111-random@0 has no activation store yet: making" in swept.stderr
+    name = swept.stdout.split()[1]
+    assert re.search(r"R1111 -> R1112 +T2T +30/30", swept.stdout)
+    assert run_cli("export", name, "--out", "out").returncode == 0
+    assert run_cli("plot", name, "--out", "out").returncode == 0
+    out = tmp_path / "work" / "out"
+    assert sorted(path.name for path in out.iterdir()) == [
+        f"R1111--R1112.{setting}.{kind}" for setting in ("R2T", "T2T") for kind in ("json", "npz", "pdf", "png")
+    ]
+    with np.load(out / "R1111--R1112.T2T.npz", allow_pickle=False) as file:
+        assert file["accuracy"].shape == (5, 6)
+    # the same command again trains nothing and says the same
+    again = run_cli("sweep", *options, "--epochs", "1", "--batch-size", "16")
+    assert "2 of 2 units are done already" in again.stderr
+    assert again.stdout.splitlines()[:3] == swept.stdout.splitlines()[:3]
+
+
+def test_the_list_shows_networks_stores_and_runs(root: Path, run_cli: Command) -> None:
+    listed = run_cli("list", "--root", root)
+    assert listed.returncode == 0
+    for pattern in ("networks: 2", "stores: 1", "runs: 1", r"first .* 1/1 units +small +R1111 -> R1112"):
+        assert re.search(pattern, listed.stdout)
+    empty = run_cli("list")
+    assert empty.returncode == 0
+    assert "networks: none" in empty.stdout
+
+
+def test_the_doctor_names_what_this_machine_uses(run_cli: Command) -> None:
+    report = run_cli("doctor")
+    assert report.returncode == 0
+    for word in ("device", "precision", "kernel", "threads", "memory", "disk", "torch", "zarrs", "python"):
+        assert re.search(rf"^{word} +\S", report.stdout, re.MULTILINE)
+
+
+def test_a_dry_run_needs_nothing_but_names(run_cli: Command, tmp_path: Path) -> None:
+    small = [f"R{a}{b}{c}{d}" for a in "12" for b in "12" for c in "12" for d in "12"]
+    names = ",".join(small)
+    planned = run_cli("sweep", "--senders", names, "--receivers", names, "--dataset", "cifar10", "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert "256 units, 12544 cells, 50000 + 10000 images 32x32" in planned.stdout
+    assert "not trained: width 64 assumed" in planned.stdout
+    for pattern in (
+        r"memory \(model\): \d",
+        r"disk \(model\): 4\d\d\.\d GB",
+        r"time \(model\): \d",
+        "stitches by kind",
+    ):
+        assert re.search(pattern, planned.stdout)
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_the_version_and_the_help(run_cli: Command) -> None:
+    assert run_cli("--version").stdout == f"fastsitch {fastsitch.__version__}\n"
+    for command in ("train", "precompute", "sweep", "export", "plot", "list", "doctor", "demo"):
+        shown = run_cli(command, "--help")
+        assert shown.returncode == 0
+        assert "--root" in shown.stdout
+
+
+SWEEP = ["sweep", "--senders", "R1111", "--receivers", "R1112"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'"),
+        (["sweep", "--frobnicate"], "No such option: --frobnicate"),
+        (["sweep", "--senders", "R1111"], "Missing option '--receivers'"),
+        (["train", "R1111", "--epochs", "many"], "Invalid value for '--epochs'"),
+        (["train", "R1113"], "unknown network 'R1113': expected an architecture out of R1111"),
+        (["train", "R1111", "--recipe", "slow"], "recipe 'slow': expected one of published, fast"),
+        (["train", "R1111", "--dataset", "mnist"], "unknown data set 'mnist': expected fashion-mini"),
+        (["train", "R1111", "--dataset", "npz:none.npz"], "none.npz does not exist: expected an npz file"),
+        (["train", "R1111", "--width", "0"], "--width 0: expected 1 to 4096"),
+        (["train", "R1111@1", "--seed", "2"], "R1111@1 names seed 1, but --seed says 2"),
+        (["train", "R1111-random@0"], "is an untrained control"),
+        (["train", "R1111", "--device", "tpu"], "device 'tpu': expected auto, cpu, cuda"),
+        (["precompute", "R1111"], "not trained yet on fashion-mini: R1111; train first with"),
+        (
+            ["precompute", "R1111", "--root", "ROOT", "--dtype", "int4"],
+            "--dtype int4: expected one of bf16, fp16, fp32",
+        ),
+        ([*SWEEP], "fastsitch train R1111 R1112 --dataset fashion-mini"),
+        (
+            [*SWEEP, "--root", "ROOT"],
+            "160 training images are fewer than one batch of 256 images: use --batch-size 160",
+        ),
+        ([*SWEEP, "--root", "ROOT", "--settings", "T2X"], "--settings T2X: expected some of T2T"),
+        ([*SWEEP, "--root", "ROOT", "--seeds", "a"], "--seeds a: expected whole numbers"),
+        ([*SWEEP, "--root", "ROOT", "--precision", "fp64"], "--precision fp64: expected auto, bf16 or fp32"),
+        ([*SWEEP, "--root", "ROOT", "--run", "../x"], "--run '../x': expected letters, digits"),
+        ([*SWEEP, "--root", "ROOT", "--run", "first"], "fewer than one batch of 256 images"),
+        (
+            [*SWEEP, "--root", "ROOT", "--run", "first", "--batch-size", "8"],
+            "run 'first' has another configuration: recipe.",
+        ),
+        (["export", "none", "--out", "x", "--root", "ROOT"], "no run 'none' in"),
+        (["plot", "none", "--out", "x"], "no run 'none' in fastsitch-data/runs: found none"),
+    ],
+)
+def test_bad_usage_ends_with_2_and_plain_lines(
+    arguments: list[str], message: str, root: Path, run_cli: Command
+) -> None:
+    ended = run_cli(*(str(root) if part == "ROOT" else part for part in arguments))
+    assert ended.returncode == 2
+    assert message in ended.stderr
+    assert ended.stderr.startswith("fastsitch: ")
+    assert "Traceback" not in ended.stderr
+    assert not set("╭│╰─") & set(ended.stderr)
+    assert len(ended.stderr.splitlines()) <= 3
+
+
+def test_sizes_that_cannot_be_stitched_are_refused(run_cli: Command, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"{kind}_{split}": values
+        for split in ("train", "test")
+        for kind, values in (("x", rng.integers(0, 256, (64, 20, 20), np.uint8)), ("y", np.arange(64) % 10))
+    }
+    np.savez(tmp_path / "odd.npz", **arrays)
+    dataset = f"npz:{tmp_path / 'odd.npz'}"
+    small = ["--width", "4", "--epochs", "1"]
+    assert (
+        "64 training images are fewer than one batch of 128" in run_cli("train", "R1111", "--dataset", dataset).stderr
+    )
+    np.savez(tmp_path / "odd.npz", **{key: np.concatenate([value] * 3) for key, value in arrays.items()})
+    assert run_cli("train", "R1111", "--dataset", dataset, *small).returncode == 0
+    ended = run_cli("sweep", "--senders", "R1111", "--receivers", "R1111", "--batch-size", "16")
+    assert ended.returncode == 2
+    assert "no stitch from 20x20 to 3x3" in ended.stderr
+
+
+def test_a_data_set_has_to_be_chosen_when_several_have_the_networks(
+    fashion: Dataset, tmp_path: Path, run_cli: Command
+) -> None:
+    for name in ("one", "two"):
+        save_npz(tmp_path / f"{name}.npz", fashion.train, fashion.test, 130, 20)
+        run_cli("train", "R1111", "--dataset", f"npz:{tmp_path / name}.npz", "--width", "2", "--epochs", "1")
+    ended = run_cli("precompute", "R1111")
+    assert ended.returncode == 2
+    assert "several data sets have R1111: choose one with --dataset" in ended.stderr
+    assert "one.npz" in ended.stderr
+    assert "two.npz" in ended.stderr
+
+
+def test_a_bug_or_a_failing_machine_ends_with_1_and_one_line(root: Path, run_cli: Command, tmp_path: Path) -> None:
+    (tmp_path / "work" / "taken").write_text("a file where a folder should be")
+    ended = run_cli("export", "first", "--out", "taken", "--root", root)
+    assert ended.returncode == 1
+    assert re.fullmatch(r"fastsitch: failed: \w+Error: .* \(--debug shows where\)\n", ended.stderr)
+    debugged = run_cli("export", "first", "--out", "taken", "--root", root, "--debug")
+    assert debugged.returncode == 1
+    assert "Traceback" in debugged.stderr
+
+
+def test_texts() -> None:
+    assert [duration(s) for s in (5, 200, 18420, 300000)] == ["5 s", "3:20 min", "5:07 h", "3.5 days"]
+    assert [size(n) for n in (10, 1500, 2.5e6, 1.2e9, 4e11)] == ["10 B", "1.5 kB", "2.5 MB", "1.2 GB", "400.0 GB"]
+    assert rate_text(0.5, "cells") == "30.0 cells/min"
+    assert table(["a", "b"], [["x", "1"], ["yy", "22"]]) == "a    b\nx    1\nyy  22"

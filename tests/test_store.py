@@ -1,0 +1,242 @@
+"""Activation stores: what was written is read back, and nothing damaged is ever taken for whole."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastsitch.activations.precompute import ensure_store, store_identity
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.store import ActivationStore, writing
+from fastsitch.data import Dataset, Split, load_dataset
+from fastsitch.errors import BusyError, ConfigError, FastsitchError, StoreError
+from fastsitch.files import exclusive
+from fastsitch.machine import DTYPES
+from fastsitch.networks.checkpoint import Network, load_network
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.training import network_recipe, train_network
+from fastsitch.root import Root
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def data(fashion: Dataset) -> Dataset:
+    """300 + 70 real images under the name of a data set of their own."""
+    return Dataset(
+        "npz:few.npz",
+        Split(fashion.train.images[:300], fashion.train.labels[:300]),
+        Split(fashion.test.images[:70], fashion.test.labels[:70]),
+        10,
+    )
+
+
+@pytest.fixture(scope="module")
+def network(data: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Network:
+    """A network trained for one epoch."""
+    root = Root.at(tmp_path_factory.mktemp("root"))
+    name = NetworkName.parse("R1111")
+    train_network(root, data, name, width=8, recipe=network_recipe("fast", 1), device=CPU)
+    return load_network(root.models(data.name), name)
+
+
+def make(path: Path, data: Dataset, network: Network, **options: str) -> ActivationStore:
+    store, made = ensure_store(path, data, network, device=CPU, **options)
+    assert made
+    return store
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("compress", ["none", "zstd"])
+def test_a_store_holds_what_the_network_computes(
+    dtype: str, compress: str, data: Dataset, network: Network, tmp_path: Path
+) -> None:
+    store = make(tmp_path / "R1111", data, network, dtype=dtype, compress=compress)
+    frozen = FrozenNetwork(network.chain, dtype=DTYPES[store.identity.compute], device=CPU)
+    for split, images in (("train", data.train), ("test", data.test)):
+        assert torch.equal(store.labels(split), images.labels)
+        assert torch.equal(store.ids(split), torch.arange(len(images)))
+        # the batches of 256 images that precompute ran, so that the bits are the same
+        parts = [frozen.representations(network.record.normalisation.apply(x)) for x in images.images.split(256)]
+        for position in store.positions:
+            expected = torch.cat([part[position.index] for part in parts]).permute(0, 2, 3, 1).to(DTYPES[dtype])
+            assert torch.equal(store.read(split, position.index, 0, len(images)), expected)
+            assert torch.equal(store.read(split, position.index, 5, 40), expected[5:40])
+    source = ResidentSource.load(store, dtype=torch.float32, device=CPU)
+    index = torch.tensor([3, 250, 7])
+    batch, _, _ = source.train.batch(index).operand((8, 32, 32), 1)
+    assert torch.equal(batch[1], store.read("train", 1, 0, 300)[index].float())
+
+
+def test_a_store_that_is_up_to_date_is_left_alone(data: Dataset, network: Network, tmp_path: Path) -> None:
+    path = tmp_path / "R1111"
+    make(path, data, network)
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+    _, made = ensure_store(path, data, network, device=CPU)
+    assert not made
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*")} == before
+
+
+def test_a_chunk_of_zeros_exists(data: Dataset, network: Network, tmp_path: Path) -> None:
+    identity = store_identity(data, network, dtype="bf16", compress="none", device=CPU)
+    positions = network.chain.positions[:1]
+    with writing(tmp_path / "zeros", identity, positions, {"train": 300}) as writer:
+        writer.write("train", 0, 0, torch.zeros(300, 32, 32, 8))
+        writer.write_samples("train", torch.zeros(300, dtype=torch.int64), torch.arange(300))
+    store = ActivationStore.open(tmp_path / "zeros")
+    assert (tmp_path / "zeros" / "train" / "0" / "0.0.0.0").is_file()
+    (tmp_path / "zeros" / "train" / "0" / "0.0.0.0").unlink()
+    with pytest.raises(StoreError, match=r"train/0/0\.0\.0\.0 is missing"):
+        ActivationStore.open(store.path)
+
+
+def truncate(store: Path) -> Path:
+    file = store / "train" / "1" / "1.0.0.0"
+    file.write_bytes(file.read_bytes()[:-100])
+    return file
+
+
+def remove(store: Path) -> Path:
+    file = store / "train" / "3" / "0.0.0.0"
+    file.unlink()
+    return file
+
+
+def flip_a_bit(store: Path) -> Path:
+    file = store / "train" / "0" / "0.0.0.0"
+    content = bytearray(file.read_bytes())
+    content[1000] ^= 1
+    file.write_bytes(content)
+    return file
+
+
+def exchange_chunks(store: Path) -> Path:
+    first, second = store / "train" / "0" / "0.0.0.0", store / "train" / "1" / "0.0.0.0"
+    content = first.read_bytes()
+    first.write_bytes(second.read_bytes())
+    second.write_bytes(content)
+    return first
+
+
+def alter_metadata(store: Path) -> Path:
+    file = store / "train" / "2" / "zarr.json"
+    file.write_text(file.read_text().replace('"bf16"', '"fp16"'))
+    return file
+
+
+def alter_the_manifest(store: Path) -> Path:
+    file = store / "manifest.json"
+    file.write_text(file.read_text().replace('"train": 300', '"train": 299'))
+    return file
+
+
+def empty_the_manifest(store: Path) -> Path:
+    file = store / "manifest.json"
+    file.write_text("")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "bytes, expected"),
+        (remove, "is missing"),
+        (flip_a_bit, "was altered or damaged"),
+        (exchange_chunks, "another checksum than the manifest says"),
+        (alter_metadata, "another checksum than the manifest says"),
+        (alter_the_manifest, "was altered"),
+        (empty_the_manifest, "is no manifest"),
+    ],
+)
+def test_damage_is_refused_by_file_and_reason(
+    damage: Callable[[Path], Path], reason: str, data: Dataset, network: Network, tmp_path: Path
+) -> None:
+    path = tmp_path / "R1111"
+    make(path, data, network)
+    file = damage(path)
+    with pytest.raises(StoreError) as caught:
+        ResidentSource.load(ActivationStore.open(path), dtype=torch.bfloat16, device=CPU)
+    assert str(file) in str(caught.value)
+    assert reason in str(caught.value)
+    assert "fastsitch precompute --force" in str(caught.value)
+
+
+def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
+    (tmp_path / "R1111").mkdir()
+    with pytest.raises(StoreError, match=r"has no manifest\.json: it is no complete activation store"):
+        ActivationStore.open(tmp_path / "R1111")
+
+
+def test_a_stale_store_is_refused_and_replaced_by_force(data: Dataset, network: Network, tmp_path: Path) -> None:
+    path = tmp_path / "R1111"
+    make(path, data, network)
+    retrained = Network(replace(network.record, weights_hash="0" * 64), network.chain)
+    with pytest.raises(
+        StoreError, match=r"is stale: the network was trained again since; .*precompute R1111 .*--force"
+    ):
+        ensure_store(path, data, retrained, device=CPU, content_only=True)
+    _, made = ensure_store(path, data, retrained, device=CPU, force=True)
+    assert made
+    assert ActivationStore.open(path).identity.weights == "0" * 64
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["R1111", "R1111.lock"]
+
+
+def test_other_data_other_dtypes_and_foreign_stores_are_told_apart(
+    data: Dataset, network: Network, tmp_path: Path
+) -> None:
+    path = tmp_path / "R1111"
+    make(path, data, network)
+    fewer = Dataset(data.name, Split(data.train.images[1:], data.train.labels[1:]), data.test, 10)
+    with pytest.raises(StoreError, match="the data set has changed since"):
+        ensure_store(path, fewer, network, device=CPU)
+    with pytest.raises(StoreError, match="it holds bf16 instead of fp32"):
+        ensure_store(path, data, network, dtype="fp32", device=CPU)
+    assert ensure_store(path, data, network, dtype="fp32", device=CPU, content_only=True)[1] is False
+    shutil.copytree(path, tmp_path / "R1112")
+    other = Network(replace(network.record, name="R1112"), network.chain)
+    with pytest.raises(StoreError, match="it holds another network"):
+        ensure_store(tmp_path / "R1112", data, other, device=CPU)
+
+
+def test_values_that_fp16_cannot_hold_are_refused(data: Dataset, network: Network, tmp_path: Path) -> None:
+    scaled = load_copy(network)
+    with torch.no_grad():
+        scaled.chain.segments[4].bn2.weight.mul_(1e7)
+    with pytest.raises(StoreError, match="R1111 has values at position layer4.0 that fp16 cannot hold"):
+        ensure_store(tmp_path / "R1111", data, scaled, dtype="fp16", device=CPU)
+    assert not (tmp_path / "R1111").exists()
+
+
+def load_copy(network: Network) -> Network:
+    chain = network.record.build()
+    chain.load_state_dict(network.chain.state_dict())
+    return Network(network.record, chain)
+
+
+def test_two_writers_do_not_meet(data: Dataset, network: Network, tmp_path: Path) -> None:
+    path = tmp_path / "R1111"
+    with (
+        exclusive(path.with_name("R1111.lock"), "the store of R1111"),
+        pytest.raises(BusyError, match="another process"),
+    ):
+        ensure_store(path, data, network, device=CPU)
+
+
+@pytest.mark.parametrize("options", [{"dtype": "int8"}, {"compress": "lz4"}])
+def test_unknown_formats_are_refused(options: dict[str, str], data: Dataset, network: Network, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected one of"):
+        make(tmp_path / "R1111", data, network, **options)
+
+
+def test_a_network_for_other_images_is_refused(network: Network, tmp_path: Path, fashion: Dataset) -> None:
+    cropped = Split(fashion.test.images[:, :24, :24], fashion.test.labels)
+    with pytest.raises(FastsitchError, match=r"was made for images \(3, 32, 32\), but .* has \(3, 24, 24\)"):
+        make(tmp_path / "R1111", Dataset("npz:x.npz", cropped, cropped, 10), network)
+
+
+def test_the_embedded_data_set_loads_from_the_package() -> None:
+    assert len(load_dataset("fashion-mini", Path("unused")).train) == 10_000
