@@ -114,7 +114,7 @@ class _FrozenStem:
         return self.conv.backward(_through_relu(g, out), x)
 
 
-class _FrozenBlock:
+class FrozenBlock:
     """A basic block; the gradient needs only the outputs of its two ReLUs, which are the inputs of what follows."""
 
     def __init__(self, block: BasicBlock, dtype: torch.dtype, device: torch.device) -> None:
@@ -227,7 +227,7 @@ def _freeze(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> Fro
     if isinstance(segment, Stem):
         return _FrozenStem(segment, dtype, device)
     if isinstance(segment, BasicBlock):
-        return _FrozenBlock(segment, dtype, device)
+        return FrozenBlock(segment, dtype, device)
     return _AutogradSegment(segment, dtype, device)
 
 
