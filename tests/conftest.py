@@ -63,6 +63,9 @@ def network(
     generator = torch_generator("test network", architecture, seed)
     initialise(chain, generator)
     for module in chain.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            # signals and gradients of about the same size at every position, so that nothing hides in small numbers
+            torch.nn.init.kaiming_normal_(module.weight, mode="fan_out", generator=generator)
         if isinstance(module, torch.nn.BatchNorm2d):
             for tensor, low, high in (
                 (module.weight, 0.5, 1.5),
