@@ -1,0 +1,58 @@
+"""Choose tile configurations by timing them. On CUDA only, and only when called: timings differ from run to run,
+and with them the order of fp32 sums, so that a run which must be repeatable keeps the model's choice or stores this.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsitch.kernels.choose import choose, override_config, remember
+from fastsitch.kernels.shapes import StitchShape
+from fastsitch.kernels.tiles import TileConfig, candidates, device_limits
+
+WARM_UP = 3
+REPEATS = 20
+# larger than any L2, so that no repetition finds the last one's data there
+FLUSH_BYTES = 256 * 1024 * 1024
+
+
+def tune(kernel: str, shape: StitchShape, device: torch.device, launch: Callable[[], None]) -> TileConfig:
+    """Time every candidate of ``kernel`` by running ``launch``, remember the fastest for ``shape`` and return it.
+
+    Raises ValueError away from CUDA.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"expected a CUDA device to time kernels on, got {device}")
+    limits = device_limits(device)
+    # first the model's choice: a tie keeps it
+    first = choose(kernel, shape, limits)
+    ordered = [first, *(config for config in candidates(kernel, shape, limits) if config != first)]
+    seconds = {}
+    for config in ordered:
+        with override_config(kernel, config):
+            seconds[config] = median_seconds(launch, device)
+    best = min(ordered, key=seconds.__getitem__)
+    remember(kernel, shape, limits, best)
+    return best
+
+
+def median_seconds(launch: Callable[[], None], device: torch.device, repeats: int = REPEATS) -> float:
+    """Median time of ``launch`` on the device, with a cold L2."""
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
+    with torch.cuda.device(device):
+        for _ in range(WARM_UP):
+            launch()
+        times = [_timed(launch, flush) for _ in range(repeats)]
+        torch.cuda.synchronize(device)
+        elapsed = sorted(begin.elapsed_time(end) for begin, end in times)
+    return float(elapsed[len(elapsed) // 2]) / 1e3
+
+
+def _timed(launch: Callable[[], None], flush: Tensor) -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    flush.zero_()
+    begin.record()
+    launch()
+    end.record()
+    return begin, end
