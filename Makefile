@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fix gpu clean
+.PHONY: demo test check fix kernels-full gpu clean
 
 demo: $(READY)
 	$(BIN)/fastsitch demo --out demo
@@ -16,11 +16,16 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python bench/compile_report.py
 	$(MAKE) test
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# every kernel, configuration, dtype, geometry and target; check builds a covering part
+kernels-full: $(READY)
+	$(BIN)/python bench/compile_report.py --full
 
 gpu: $(READY)
 	$(BIN)/python bench/gpu.py $(ARGS)

@@ -1,11 +1,13 @@
 """Everything that needs CUDA, in one go: make gpu [ARGS="--json FILE"].
 
-Trains two networks on the embedded images on the GPU, precomputes, sweeps there and on the CPU from the same networks
-and stores, and compares the matrices. Ends with 2 on a machine without CUDA, with 1 when a comparison fails.
+First the kernels by themselves (bench/gpu_kernels.py). Then the real thing: train, precompute and sweep on the GPU,
+with torch and eager blocks and with Triton and compiled ones, and the same sweep on the CPU from the same networks and
+store; the matrices are compared. Ends with 2 on a machine without CUDA, with 1 when a comparison fails.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -23,30 +25,55 @@ MEAN_BOUND, CELL_BOUND = 0.01, 0.06
 differs between them, and two epochs of training amplify it; a wrong stitch is off by far more."""
 
 
-def sweep_on(device: str, root: Path) -> tuple[np.ndarray, float]:
+WAYS = {
+    "cpu": {"device": "cpu"},
+    "cuda, torch, eager": {"device": "cuda", "kernel": "torch", "compile": "off"},
+    "cuda, triton, compiled": {"device": "cuda", "kernel": "triton", "compile": "on"},
+}
+
+
+def sweep(name: str, root: Path) -> tuple[np.ndarray, float]:
+    """Accuracies of the 30 cells of R1111 -> R1112, and the seconds they took."""
     start = time.perf_counter()
     run = fastsitch.sweep(
-        ["R1111"], ["R1112"], dataset="fashion-mini", run=f"gpu-{device}", root=root, device=device, precision="bf16"
+        ["R1111"],
+        ["R1112"],
+        dataset="fashion-mini",
+        run=name.replace(", ", "-"),
+        root=root,
+        precision="bf16",
+        **WAYS[name],
     )
     return run.matrix("R1111", "R1112"), time.perf_counter() - start
 
 
-def compare_devices(root: Path) -> dict[str, Any]:
-    """Accuracies of all 30 cells of R1111 -> R1112 on both devices."""
+def end_to_end(root: Path) -> dict[str, Any]:
+    """Train and precompute on the GPU, sweep in all three ways, compare with the CPU."""
     records = fastsitch.train("R1111", "R1112", dataset="fashion-mini", width=16, epochs=5, root=root, device="cuda")
     fastsitch.precompute("R1111", dataset="fashion-mini", root=root, device="cuda")
-    cuda, cuda_seconds = sweep_on("cuda", root)
-    cpu, cpu_seconds = sweep_on("cpu", root)
-    difference = cuda - cpu
-    mean, largest = float(np.abs(difference.mean())), float(np.abs(difference).max())
-    return {
-        "network_accuracy": {record.name: record.accuracy for record in records},
-        "seconds": {"cuda": cuda_seconds, "cpu": cpu_seconds},
-        "accuracy": {"cuda": cuda.tolist(), "cpu": cpu.tolist()},
-        "mean_difference": mean,
-        "largest_difference": largest,
-        "ok": mean <= MEAN_BOUND and largest <= CELL_BOUND,
-    }
+    matrices, ways = {}, {}
+    for name in WAYS:
+        matrices[name], seconds = sweep(name, root)
+        difference = matrices[name] - matrices["cpu"]
+        mean, largest = float(np.abs(difference.mean())), float(np.abs(difference).max())
+        ways[name] = {
+            "seconds": seconds,
+            "accuracy": matrices[name].tolist(),
+            "mean_difference_to_cpu": mean,
+            "largest_difference_to_cpu": largest,
+            "ok": mean <= MEAN_BOUND and largest <= CELL_BOUND,
+        }
+    return {"network_accuracy": {record.name: record.accuracy for record in records}, "ways": ways}
+
+
+def kernels() -> dict[str, Any]:
+    """The kernels' own checks and timings, in a process of their own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "kernels.json"
+        script = Path(__file__).with_name("gpu_kernels.py")
+        ended = subprocess.run([sys.executable, script, "--json", out, "--sanitizer"], check=False)
+        found = json.loads(out.read_text()) if out.exists() else None
+    return {"exit_code": ended.returncode, "result": found}
 
 
 def main() -> int:
@@ -56,16 +83,14 @@ def main() -> int:
     if not torch.cuda.is_available():
         sys.stderr.write("make gpu: expected a CUDA device, found none; make test covers what can be tested without\n")
         return 2
+    result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions(), "kernels": kernels()}
     with tempfile.TemporaryDirectory() as folder:
-        result = {
-            "device": torch.cuda.get_device_name(),
-            "versions": versions(),
-            "end_to_end": compare_devices(Path(folder)),
-        }
+        result["end_to_end"] = end_to_end(Path(folder))
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
-    return 0 if result["end_to_end"]["ok"] else 1
+    print(json.dumps(result["end_to_end"], indent=1))
+    right = all(way["ok"] for way in result["end_to_end"]["ways"].values())
+    return 0 if right and result["kernels"]["exit_code"] == 0 else 1
 
 
 if __name__ == "__main__":

@@ -31,6 +31,10 @@ DatasetOption = Annotated[
         show_default="the one that has the networks",
     ),
 ]
+TrainDatasetOption = Annotated[
+    str,
+    typer.Option("--dataset", help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR or npz:FILE."),
+]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DebugOption = Annotated[
     bool,

@@ -15,6 +15,7 @@ from fastsitch.cli.options import (
     DebugOption,
     DeviceOption,
     RootOption,
+    TrainDatasetOption,
     comma_separated,
 )
 from fastsitch.cli.results import summary
@@ -40,7 +41,7 @@ def train(
     recipe: Annotated[str, typer.Option(help="fast or published.")] = "fast",
     force: Annotated[bool, typer.Option("--force", help="Train again what was trained otherwise.")] = False,
     root: RootOption = None,
-    dataset: DatasetOption = None,
+    dataset: TrainDatasetOption = DEFAULT_DATASET,
     data_dir: DataDirOption = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
@@ -60,7 +61,7 @@ def train(
             start = time.monotonic()
             (record,) = fastsitch.train(
                 network,
-                dataset=dataset or DEFAULT_DATASET,
+                dataset=dataset,
                 width=width,
                 epochs=epochs,
                 seed=seed,
@@ -129,7 +130,10 @@ def sweep(
     run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="from the configuration")] = None,
     group_size: Annotated[str, typer.Option(help="auto, or the largest number of cells per batch.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
-    kernel: Annotated[str, typer.Option(help="auto or torch.")] = "auto",
+    kernel: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    compile_blocks: Annotated[
+        str, typer.Option("--compile", help="auto (on with CUDA), on or off: torch.compile of the receiver.")
+    ] = "auto",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     root: RootOption = None,
     dataset: DatasetOption = None,
@@ -151,6 +155,7 @@ def sweep(
         "group_size": group_size,
         "precision": precision,
         "kernel": kernel,
+        "compile": compile_blocks,
     }
     config = fastsitch.configure_sweep(*pairs, dataset=dataset, root=root, **options)
     typer.echo(f"run {run or config.default_run_name} on {config.dataset}")

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from fastsitch import kernels
 from fastsitch.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 """Names of dtypes as used in options and files. fp64 is for exactness tests and has no option."""
 
 PRECISIONS = ("auto", "bf16", "fp32")
-KERNELS = ("auto", "torch")
+COMPILE = ("auto", "on", "off")
 
 
 def resolve_device(requested: str) -> torch.device:
@@ -59,10 +60,20 @@ def resolve_precision(requested: str, device: torch.device) -> str:
 
 
 def resolve_kernel(requested: str, device: torch.device) -> str:
-    """The implementation of the stitch operator on this device; raises ConfigError."""
-    if requested not in KERNELS:
-        raise ConfigError(f"kernel {requested!r}: expected one of {', '.join(KERNELS)}")
-    return "torch"
+    """The implementation of the stitch operator on this device: ``triton`` or ``torch``; raises ConfigError."""
+    try:
+        return kernels.resolve_kernel(requested, device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def resolve_compile(requested: str, device: torch.device) -> str:
+    """``auto`` is on where there is CUDA and off on CPUs, where it brings nothing; raises ConfigError."""
+    if requested not in COMPILE:
+        raise ConfigError(f"compile {requested!r}: expected one of {', '.join(COMPILE)}")
+    if requested == "auto":
+        return "on" if device.type == "cuda" else "off"
+    return requested
 
 
 def available_memory(device: torch.device) -> int:

@@ -16,12 +16,13 @@ if __name__ == "kernels":
         "import fastsitch.kernels instead"
     )
 
-from fastsitch.kernels.dispatch import resolve_kernel
+from fastsitch.kernels.dispatch import KERNELS, resolve_kernel
 from fastsitch.kernels.ops import grouped_stitch, stitch_grad, stitch_out
 from fastsitch.kernels.reference import grouped_stitch_reference
 from fastsitch.kernels.torch_path import space_to_depth
 
 __all__ = [
+    "KERNELS",
     "grouped_stitch",
     "grouped_stitch_reference",
     "resolve_kernel",

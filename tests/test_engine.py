@@ -174,7 +174,7 @@ def test_any_grouping_trains_every_stitch_to_the_same_weights(fashion: Dataset) 
         mixed |= train_group(model, source, shuffled[start:end], RECIPE, ORDER)
     for cell in cells:
         moved = together[cell].weight_FD - gemm_weight(initial_stitch(cell, geometry_of(cell, sender, receiver))[0])
-        assert moved.abs().max() > 1e-3
+        assert moved.abs().max() > 1e-4
         for other in (alone[cell], mixed[cell]):
             assert_same(together[cell], other)
 
@@ -298,12 +298,17 @@ def test_a_constant_sender_ends_at_the_commonest_class(fashion: Dataset) -> None
     )
     receiver = network("R1111", width=8)
     labels = fashion.train.labels[train], fashion.test.labels[test]
-    constant = [[torch.ones(len(own), 5, 4, 4, dtype=torch.float64)] for own in labels]
+    constant = [
+        [torch.ones(len(own), *position.shape, dtype=torch.float64) for position in receiver.positions]
+        for own in labels
+    ]
     source = ResidentSource.from_tensors(*constant, *labels)
-    cells = [Cell(UNIT, 0, j) for j in range(5)]
+    # a constant can be turned into any answer from the last two positions on; before them the receiver's own blocks
+    # decide which answers a constant map can reach
+    cells = [Cell(UNIT, i, j) for i in range(5) for j in (3, 4)]
     recipe = TrainingRecipe(name="small", epochs=20, batch_size=16, lr=0.01, momentum=0.9, weight_decay=0.01)
     results = train_group(frozen(receiver), source, cells, recipe, ORDER)
-    assert [results[cell].accuracy for cell in cells] == [60 / 84] * 5
+    assert [results[cell].accuracy for cell in cells] == [60 / 84] * len(cells)
 
 
 # (h)
@@ -336,7 +341,8 @@ def test_evaluation_covers_every_test_image_in_batches_of_any_size(
     torch.testing.assert_close(accuracy, expected, rtol=0, atol=1e-15)
 
 
-def test_a_step_runs_without_hardware_and_without_synchronising(fashion: Dataset) -> None:
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_a_step_runs_without_hardware_and_without_synchronising(kernel: str) -> None:
     """On the meta device every .item(), data-dependent branch or tensor left elsewhere is an error."""
     meta = torch.device("meta")
     sender, receiver = network("R1111"), network("R1122", seed=1)
@@ -351,6 +357,7 @@ def test_a_step_runs_without_hardware_and_without_synchronising(fashion: Dataset
         [position.shape for position in receiver.positions],
         dtype=torch.bfloat16,
         device=meta,
+        kernel=kernel,
     )
     cascade = Cascade(model, bank.counts, 8)
     optimizer = torch.optim.SGD([bank.parameters], lr=0.01, momentum=0.9, weight_decay=0.01)

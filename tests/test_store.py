@@ -68,7 +68,7 @@ def test_a_store_holds_what_the_network_computes(
             assert torch.equal(store.read(split, position.index, 5, 40), expected[5:40])
     source = ResidentSource.load(store, dtype=torch.float32, device=CPU)
     index = torch.tensor([3, 250, 7])
-    batch, _, _ = source.train.batch(index).operand((8, 32, 32), 1)
+    batch, _, _ = source.train.batch(index).operand((8, 32, 32), 1, "torch")
     assert torch.equal(batch[1], store.read("train", 1, 0, 300)[index].float())
 
 

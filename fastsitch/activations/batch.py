@@ -20,16 +20,19 @@ class Batch:
         self._index = index
         self._features: dict[tuple[Shape, int], Tensor] = {}
 
-    def operand(self, shape: Shape, down: int) -> tuple[Tensor, Tensor | None, int]:
+    def operand(self, shape: Shape, down: int, kernel: str) -> tuple[Tensor, Tensor | None, int]:
         """What to hand to the operator as x, index and down.
 
-        The torch path gets the gathered images, already brought from space to depth: one copy, shared by all
-        stitches of that shape and ratio in this step.
+        Triton gathers and regroups while it loads, so it gets the resident tensors as they are. The torch path gets
+        the gathered images, already brought from space to depth: one copy, shared by all stitches of that shape and
+        ratio in this step.
         """
+        if kernel == "triton":
+            return self._stacks[shape], self._index, down
         key = (shape, down)
         if key not in self._features:
             if down == 1:
                 self._features[key] = self._stacks[shape].index_select(1, self._index)
             else:
-                self._features[key] = space_to_depth(self.operand(shape, 1)[0], down)
+                self._features[key] = space_to_depth(self.operand(shape, 1, kernel)[0], down)
         return self._features[key], None, 1

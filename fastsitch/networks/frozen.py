@@ -45,7 +45,7 @@ class FrozenNetwork:
         self.positions: tuple[Position, ...] = chain.positions
         self.dtype = dtype
         self.device = device
-        self.segments = [_freeze(segment, dtype, device) for segment in chain.segments]
+        self.segments: list[FrozenSegment] = [_freeze(segment, dtype, device) for segment in chain.segments]
         self.head = _freeze_head(chain.head, dtype, device)
 
     def representations(self, x: Tensor) -> list[Tensor]:

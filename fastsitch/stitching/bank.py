@@ -37,8 +37,9 @@ class Stack:
 class StitchBank:
     """All stitches of a group: fp32 (or fp64) masters, their gradients, and a copy in the compute dtype.
 
-    ``cells`` (read it after construction) is the order of the receiver's batch: by receiver position, within one
-    position by geometry. ``parameters`` is the flat master tensor that the optimizer owns.
+    ``kernel`` names the implementation of the stitch operator. ``cells`` (read it after construction) is the order of
+    the receiver's batch: by receiver position, within one position by geometry. ``parameters`` is the flat master
+    tensor that the optimizer owns.
     """
 
     def __init__(
@@ -49,7 +50,9 @@ class StitchBank:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        kernel: str = "torch",
     ) -> None:
+        self.kernel = kernel
         layout = _layout(cells, sender, receiver)
         sizes = [len(group) * geometry.parameters for _, geometry, group in layout]
         starts, total = [], 0
@@ -90,7 +93,7 @@ class StitchBank:
         start = 0
         for stack in self.stacks.get(j, ()):
             end = start + len(stack.cells)
-            x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down)
+            x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down, self.kernel)
             stitch_out(
                 x,
                 stack.weight_KFD,
@@ -100,6 +103,7 @@ class StitchBank:
                 index,
                 down=down,
                 up=stack.geometry.up,
+                kernel=self.kernel,
             )
             start = end
 
@@ -108,7 +112,7 @@ class StitchBank:
         start = 0
         for stack in self.stacks.get(j, ()):
             end = start + len(stack.cells)
-            x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down)
+            x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down, self.kernel)
             stitch_grad(
                 x,
                 g_KBPQD[start:end],
@@ -118,6 +122,7 @@ class StitchBank:
                 index,
                 down=down,
                 up=stack.geometry.up,
+                kernel=self.kernel,
             )
             start = end
 

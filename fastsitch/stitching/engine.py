@@ -62,12 +62,14 @@ def train_group(
     recipe: TrainingRecipe,
     order: ImageOrder,
     *,
+    kernel: str = "torch",
     report: Callable[[StepReport], None] | None = None,
 ) -> dict[Cell, CellResult]:
     """Train ``cells`` together, then evaluate them on the whole test set.
 
     All cells share the receiver, the sender (``source``) and the order of images. Results do not depend on which
-    other cells are in the group. The receiver's dtype is the compute dtype. Raises ConfigError when there are fewer
+    other cells are in the group. The receiver's dtype is the compute dtype, ``kernel`` the implementation of the
+    stitch operator (``torch`` or ``triton``). Raises ConfigError when there are fewer
     training images than one batch.
     """
     bank = StitchBank(
@@ -76,6 +78,7 @@ def train_group(
         [position.shape for position in receiver.positions],
         dtype=receiver.dtype,
         device=receiver.device,
+        kernel=kernel,
     )
     train_loss = _train(receiver, source.train, bank, recipe, order, report)
     accuracy, loss = evaluate(receiver, source.test, bank)

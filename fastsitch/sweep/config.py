@@ -9,7 +9,8 @@ from fastsitch.activations.order import ImageOrder
 from fastsitch.data import DEFAULT_DATASET
 from fastsitch.errors import ConfigError
 from fastsitch.identity import stable_hash
-from fastsitch.machine import DTYPES, KERNELS
+from fastsitch.kernels import KERNELS
+from fastsitch.machine import COMPILE, DTYPES
 from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.engine import TrainingRecipe
 
@@ -42,6 +43,8 @@ class SweepConfig:
     """``auto``, or the largest number of cells to train in one batch."""
     precision: str = "auto"
     kernel: str = "auto"
+    compile: str = "auto"
+    """``on`` lets torch.compile generate the receiver's blocks."""
     block: int = ImageOrder.block
     """Consecutive images that stay together in the first level of shuffling."""
     window: int = ImageOrder.window
@@ -74,6 +77,8 @@ class SweepConfig:
             raise ConfigError(f"--group-size {self.group_size}: expected auto or a number from 1")
         if self.precision != "auto" and self.precision not in DTYPES:
             raise ConfigError(f"--precision {self.precision}: expected auto, bf16 or fp32")
+        if self.compile not in COMPILE:
+            raise ConfigError(f"--compile {self.compile}: expected one of {', '.join(COMPILE)}")
         if self.kernel not in KERNELS:
             raise ConfigError(f"--kernel {self.kernel}: expected one of {', '.join(KERNELS)}")
 

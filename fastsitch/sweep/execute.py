@@ -17,11 +17,13 @@ from fastsitch.machine import (
     DTYPES,
     available_memory,
     configure,
+    resolve_compile,
     resolve_device,
     resolve_kernel,
     resolve_precision,
 )
 from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record
+from fastsitch.networks.compiled import compile_blocks
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import evaluate_network
@@ -140,7 +142,7 @@ class _Execution:
         return ResidentSource.load(store, dtype=self.dtype, device=self.device), store.identity.hash
 
     def _train(self, planned: PlannedUnit, source: ResidentSource) -> dict[Cell, CellResult]:
-        receiver = self.networks.frozen(planned.receiver, self.dtype)
+        receiver = self.networks.frozen(planned.receiver, self.run.resolved)
         cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
         order = ImageOrder(seed=planned.unit.seed, block=self.run.config.block, window=self.run.config.window)
         results: dict[Cell, CellResult] = {}
@@ -149,7 +151,15 @@ class _Execution:
             def tell(step: StepReport, before: int = len(results), size: int = len(group)) -> None:
                 self._tell(before + size * step.step / step.steps, planned)
 
-            results |= train_group(receiver, source, group, self.run.config.recipe, order, report=tell)
+            results |= train_group(
+                receiver,
+                source,
+                group,
+                self.run.config.recipe,
+                order,
+                kernel=self.run.resolved.kernel,
+                report=tell,
+            )
         return results
 
     def _tell(self, partial: float, planned: PlannedUnit) -> None:
@@ -183,9 +193,10 @@ class _Networks:
             self._loaded[name] = network
         return self._loaded[name]
 
-    def frozen(self, name: NetworkName, dtype: torch.dtype) -> FrozenNetwork:
+    def frozen(self, name: NetworkName, resolved: Resolved) -> FrozenNetwork:
         if name not in self._frozen:
-            self._frozen[name] = FrozenNetwork(self.load(name).chain, dtype=dtype, device=self._device)
+            network = FrozenNetwork(self.load(name).chain, dtype=DTYPES[resolved.precision], device=self._device)
+            self._frozen[name] = compile_blocks(network) if resolved.compile == "on" else network
         return self._frozen[name]
 
     def describe(self, name: NetworkName) -> NetworkInput:
@@ -263,6 +274,7 @@ def _open_run(
         device=device.type,
         precision=precision,
         kernel=resolve_kernel(config.kernel, device),
+        compile=resolve_compile(config.compile, device),
         group_size=group_size,
         source="resident",
     )
@@ -278,6 +290,6 @@ def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, Networ
 
 def _describe(resolved: Resolved) -> str:
     return (
-        f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, "
+        f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, compile {resolved.compile}, "
         f"groups of up to {resolved.group_size} cells, {resolved.source} representations"
     )

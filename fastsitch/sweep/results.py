@@ -57,6 +57,7 @@ class Resolved:
     device: str
     precision: str
     kernel: str
+    compile: str
     group_size: int
     source: str
 

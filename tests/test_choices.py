@@ -1,0 +1,75 @@
+"""The same matrix whichever way it is computed: torch or Triton stitches, eager or compiled blocks."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastsitch
+from fastsitch.data import Dataset
+from fastsitch.sweep.results import Run
+from tests.conftest import cli_environment, cli_line
+
+OPTIONS = ["--recipe", "small", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """R1111 and R1121 of width 4, trained on 160 real images shrunk to 8x8."""
+    folder = tmp_path_factory.mktemp("choices")
+    small = {
+        f"{kind}_{split}": array
+        for split, images, count in (("train", fashion.train, 160), ("test", fashion.test, 40))
+        for kind, array in (
+            ("x", images.images[:count, ::4, ::4].numpy()),
+            ("y", images.labels[:count].numpy()),
+        )
+    }
+    np.savez(folder / "tiny.npz", **small)
+    dataset = f"npz:{folder / 'tiny.npz'}"
+    fastsitch.train("R1111", "R1121", dataset=dataset, width=4, epochs=1, root=folder)
+    fastsitch.precompute("R1111", dtype="fp32", root=folder)
+    return folder
+
+
+def sweep(root: Path, name: str, *options: str, environment: dict[str, str] | None = None) -> Run:
+    arguments = ["sweep", "--senders", "R1111", "--receivers", "R1121", "--root", str(root), "--run", name, *OPTIONS]
+    ended = subprocess.run(
+        cli_line(*arguments, *options),
+        env={**cli_environment(), **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return fastsitch.open_run(name, root=root)
+
+
+def assert_same_matrix(one: Run, other: Run) -> None:
+    assert np.array_equal(one.matrix("R1111", "R1121"), other.matrix("R1111", "R1121"))
+    for metric in ("loss", "train_loss"):
+        np.testing.assert_allclose(
+            other.matrix("R1111", "R1121", metric), one.matrix("R1111", "R1121", metric), rtol=1e-4
+        )
+
+
+def test_triton_in_the_interpreter_gives_the_matrix_of_the_torch_path(root: Path) -> None:
+    options = ["--batch-size", "32"]
+    torch_run = sweep(root, "torch", "--kernel", "torch", *options)
+    triton_run = sweep(root, "triton", "--kernel", "triton", *options, environment={"TRITON_INTERPRET": "1"})
+    assert triton_run.resolved.kernel == "triton"
+    assert_same_matrix(torch_run, triton_run)
+
+
+def test_compiled_blocks_give_the_matrix_of_eager_ones(root: Path) -> None:
+    eager = sweep(root, "eager", "--compile", "off", "--batch-size", "16")
+    compiled = sweep(root, "compiled", "--compile", "on", "--batch-size", "16")
+    assert (eager.resolved.compile, compiled.resolved.compile) == ("off", "on")
+    assert_same_matrix(eager, compiled)
+    # the precision of the comparison is not that of two equal programs by accident
+    assert os.environ.get("TORCHDYNAMO_DISABLE") is None
+    assert torch.isfinite(torch.tensor(compiled.matrix("R1111", "R1121", "loss"))).all()
