@@ -46,7 +46,10 @@ class Progress:
         Progress._active = None
 
     def restart(self, what: str, unit: str) -> None:
-        """Begin another piece of work: rate and time left count anew."""
+        """Begin another piece of work, unless it is the one at hand: rate and time left count anew."""
+        if (what, unit) == (self.what, self.unit):
+            return
+        self.clear()
         self.what, self.unit = what, unit
         self._began, self._first, self._drawn = time.monotonic(), None, 0.0
 

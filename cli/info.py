@@ -31,13 +31,15 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
     place = Root.at(root)
     networks = [
         [
-            record.name,
-            record.dataset,
-            str(record.width),
-            f"{record.accuracy:.4f}",
-            f"{record.recipe['name']}, {record.recipe['epochs']} epochs",
+            entry.record.name,
+            entry.record.dataset,
+            str(entry.record.width),
+            f"{entry.record.accuracy:.4f}",
+            f"{entry.record.recipe['name']}, {entry.record.recipe['epochs']} epochs",
         ]
-        for record in inventory.networks(place)
+        if entry.record is not None
+        else [entry.path.stem, entry.path.parent.name, "", "unusable", entry.problem]
+        for entry in inventory.networks(place)
     ]
     stores = [
         [entry.path.name, entry.store.identity.dataset, entry.store.identity.dtype, size(entry.store.bytes)]

@@ -43,7 +43,8 @@ def main() -> None:
 def _run() -> int:
     try:
         code = app(standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        # typer turns Ctrl-C into a return value
+        return _interrupted() if code == 130 else code if isinstance(code, int) else 0
     except typer.Exit as stop:
         return stop.exit_code
     except typer.TyperException as error:
@@ -51,13 +52,17 @@ def _run() -> int:
     except FastsitchError as error:
         return _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; what is finished is kept, the same command goes on from there", 1)
+        return _interrupted()
     except BrokenPipeError:
         sys.stderr.close()
         return 1
     except Exception as error:
         # a bug or a failing machine: one line, unless the traceback is wanted
         return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; what is finished is kept, the same command does the rest", 1)
 
 
 def _fail(message: str, code: int) -> int:

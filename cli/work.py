@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 import fastsitch
+from fastsitch.activations.store import ActivationStore
 from fastsitch.cli.console import Progress, duration, size
 from fastsitch.cli.estimates import show_estimate
 from fastsitch.cli.options import (
@@ -22,8 +23,10 @@ from fastsitch.cli.results import summary
 from fastsitch.data import DEFAULT_DATASET
 from fastsitch.demo import run_demo
 from fastsitch.errors import ConfigError
+from fastsitch.networks.checkpoint import NetworkRecord
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import TrainReport
+from fastsitch.sweep.config import checked_run_name
 from fastsitch.sweep.execute import SweepReport
 
 
@@ -54,29 +57,30 @@ def train(
             if step.loss is not None:
                 last[name] = step.loss
             loss = f", loss {last[name]:.3f}" if name in last else ""
-            progress.what = f"training {name}"
+            progress.restart(f"training {name}", "steps")
             progress.update(step.step, step.steps, loss.lstrip(", "))
 
-        for network in networks:
-            start = time.monotonic()
-            (record,) = fastsitch.train(
-                network,
-                dataset=dataset,
-                width=width,
-                epochs=epochs,
-                seed=seed,
-                recipe=recipe,
-                force=force,
-                root=root,
-                data_dir=data_dir,
-                device=device,
-                report=report,
-            )
+        def finished(record: NetworkRecord) -> None:
             progress.clear()
             typer.echo(
                 f"{record.name}: test accuracy {record.accuracy:.4f}, width {record.width}, "
-                f"{record.recipe['epochs']} epochs on {record.dataset} ({duration(time.monotonic() - start)})"
+                f"{record.recipe['epochs']} epochs on {record.dataset}"
             )
+
+        fastsitch.train(
+            *networks,
+            dataset=dataset,
+            width=width,
+            epochs=epochs,
+            seed=seed,
+            recipe=recipe,
+            force=force,
+            root=root,
+            data_dir=data_dir,
+            device=device,
+            report=report,
+            finished=finished,
+        )
 
 
 def precompute(
@@ -94,25 +98,26 @@ def precompute(
     with Progress("precompute", "images") as progress:
 
         def report(name: NetworkName, done: int, total: int) -> None:
-            progress.what = f"precompute {name}"
+            progress.restart(f"precompute {name}", "images")
             progress.update(done, total)
 
-        for network in networks:
-            start = time.monotonic()
-            ((store, made),) = fastsitch.precompute(
-                network,
-                dataset=dataset,
-                dtype=dtype,
-                compress=compress,
-                force=force,
-                root=root,
-                data_dir=data_dir,
-                device=device,
-                report=report,
-            )
+        def finished(name: NetworkName, store: ActivationStore, made: bool) -> None:
             progress.clear()
-            took = f"made in {duration(time.monotonic() - start)}" if made else "up to date"
-            typer.echo(f"{network}: {len(store.positions)} positions, {size(store.bytes)}, {took}: {store.path}")
+            state = "made" if made else "up to date"
+            typer.echo(f"{name}: {len(store.positions)} positions, {size(store.bytes)}, {state}: {store.path}")
+
+        fastsitch.precompute(
+            *networks,
+            dataset=dataset,
+            dtype=dtype,
+            compress=compress,
+            force=force,
+            root=root,
+            data_dir=data_dir,
+            device=device,
+            report=report,
+            finished=finished,
+        )
 
 
 def sweep(
@@ -158,7 +163,8 @@ def sweep(
         "compile": compile_blocks,
     }
     config = fastsitch.configure_sweep(*pairs, dataset=dataset, root=root, **options)
-    typer.echo(f"run {run or config.default_run_name} on {config.dataset}")
+    name = checked_run_name(config.default_run_name if run is None else run)
+    typer.echo(f"run {name} on {config.dataset}")
     if dry_run:
         show_estimate(
             fastsitch.estimate(*pairs, dataset=config.dataset, root=root, data_dir=data_dir, device=device, **options)
@@ -173,7 +179,7 @@ def sweep(
         result = fastsitch.sweep(
             *pairs,
             dataset=config.dataset,
-            run=run,
+            run=name,
             root=root,
             data_dir=data_dir,
             device=device,
@@ -196,9 +202,7 @@ def demo(
     with Progress("demo", "") as progress:
 
         def report(what: str, unit: str, done: float, total: float) -> None:
-            if progress.what != what:
-                progress.clear()
-                progress.restart(what, unit)
+            progress.restart(what, unit)
             progress.update(done, total)
 
         result = run_demo(out, root=root or out / "fastsitch-data", width=width, device=device, report=report)

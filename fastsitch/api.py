@@ -2,11 +2,13 @@
 
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastsitch.activations.precompute import ensure_store
 from fastsitch.activations.store import ActivationStore
-from fastsitch.data import DEFAULT_DATASET, load_dataset
+from fastsitch.advice import command
+from fastsitch.data import DEFAULT_DATASET, canonical_dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.inventory import find_run, infer_dataset
 from fastsitch.machine import configure, resolve_device
@@ -14,7 +16,7 @@ from fastsitch.networks.checkpoint import NetworkRecord, load_network, namesake,
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import TrainReport, network_recipe, train_network
 from fastsitch.root import Root
-from fastsitch.sweep.config import SweepConfig, sweep_config
+from fastsitch.sweep.config import SweepConfig, listed, sweep_config
 from fastsitch.sweep.estimate import SweepEstimate, estimate_sweep
 from fastsitch.sweep.execute import SweepReport, run_sweep
 from fastsitch.sweep.results import Run
@@ -34,11 +36,13 @@ def train(
     data_dir: PathLike | None = None,
     device: str = "auto",
     report: Callable[[NetworkName, TrainReport], None] | None = None,
+    finished: Callable[[NetworkRecord], None] | None = None,
 ) -> list[NetworkRecord]:
     """Train networks on a data set and save them; those that are trained just so already are left alone.
 
-    ``seed`` is that of every name without one of its own (``R1111`` with seed 3 is ``R1111@3``). Raises
-    ConfigError, DataError or NetworkError.
+    ``seed`` is that of every name without one of its own (``R1111`` with seed 3 is ``R1111@3``). All names are checked
+    before any work begins; ``finished`` is called with each record as it is there. Raises ConfigError, DataError,
+    NetworkError, or FailedError when a training diverges.
     """
     place = Root.at(root, data_dir)
     names = [_seeded(text, seed) for text in networks]
@@ -48,8 +52,9 @@ def train(
     torch_device = resolve_device(device)
     configure(torch_device)
     images = load_dataset(dataset, place.data_dir)
-    return [
-        train_network(
+    records = []
+    for name in names:
+        record = train_network(
             place,
             images,
             name,
@@ -57,10 +62,12 @@ def train(
             recipe=chosen,
             device=torch_device,
             force=force,
-            report=None if report is None else (lambda step, name=name: report(name, step)),  # type: ignore[misc]
+            report=None if report is None else partial(report, name),
         )
-        for name in names
-    ]
+        records.append(record)
+        if finished is not None:
+            finished(record)
+    return records
 
 
 def precompute(
@@ -73,30 +80,35 @@ def precompute(
     data_dir: PathLike | None = None,
     device: str = "auto",
     report: Callable[[NetworkName, int, int], None] | None = None,
-) -> list[tuple[ActivationStore, bool]]:
+    finished: Callable[[NetworkName, ActivationStore, bool], None] | None = None,
+) -> list[ActivationStore]:
     """Run networks once over a data set and store every representation.
 
-    Returns each store with whether it was made now; stores that are up to date are left alone. Raises StoreError
-    when one is stale or damaged and ``force`` is not set, NetworkError when a network was never trained.
+    Stores that are up to date are left alone; ``finished`` is called with each store as it is there, and whether it was
+    made now. Raises StoreError when one is stale or damaged and ``force`` is not set, NetworkError when a network was
+    never trained.
     """
     place = Root.at(root, data_dir)
     names = [NetworkName.parse(text) for text in networks]
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
-    name_of_data = dataset or infer_dataset(place, [str(name) for name in names])
+    name_of_data = canonical_dataset(dataset) if dataset else infer_dataset(place, [str(name) for name in names])
     folder = place.models(name_of_data)
-    for name in names:
-        if (namesake(folder, name) if name.random else read_record(folder, name)) is None:
-            trained = NetworkName(name.architecture) if name.random else name
-            raise NetworkError(
-                f"not trained yet on {name_of_data}: {trained}; train first with\n"
-                f"  fastsitch train {trained} --dataset {name_of_data}"
-            )
+    missing = [
+        NetworkName(name.architecture) if name.random else name
+        for name in names
+        if (namesake(folder, name) if name.random else read_record(folder, name)) is None
+    ]
+    if missing:
+        listed = ", ".join(map(str, missing))
+        line = command("train", *missing, dataset=name_of_data, root=place.path)
+        raise NetworkError(f"not trained yet on {name_of_data}: {listed}; train first with\n  {line}")
     torch_device = resolve_device(device)
     configure(torch_device)
     images = load_dataset(name_of_data, place.data_dir)
-    return [
-        ensure_store(
+    stores = []
+    for name in names:
+        store, made = ensure_store(
             place.store(name_of_data, name),
             images,
             load_network(folder, name),
@@ -104,28 +116,30 @@ def precompute(
             compress=compress,
             device=torch_device,
             force=force,
-            report=None if report is None else (lambda done, total, name=name: report(name, done, total)),  # type: ignore[misc]
+            report=None if report is None else partial(report, name),
         )
-        for name in names
-    ]
+        stores.append(store)
+        if finished is not None:
+            finished(name, store, made)
+    return stores
 
 
 def configure_sweep(
-    senders: Sequence[str],
-    receivers: Sequence[str],
+    senders: Sequence[str] | str,
+    receivers: Sequence[str] | str,
     *,
     dataset: str | None = None,
     root: PathLike | None = None,
     **options: Any,
 ) -> SweepConfig:
     """The configuration of a sweep; ``options`` are those of :func:`fastsitch.sweep.config.sweep_config`."""
-    chosen = dataset or infer_dataset(Root.at(root), [*senders, *receivers])
+    chosen = dataset or infer_dataset(Root.at(root), [*listed(senders), *listed(receivers)])
     return sweep_config(dataset=chosen, senders=senders, receivers=receivers, **options)
 
 
 def sweep(
-    senders: Sequence[str],
-    receivers: Sequence[str],
+    senders: Sequence[str] | str,
+    receivers: Sequence[str] | str,
     *,
     dataset: str | None = None,
     run: str | None = None,
@@ -145,8 +159,8 @@ def sweep(
 
 
 def estimate(
-    senders: Sequence[str],
-    receivers: Sequence[str],
+    senders: Sequence[str] | str,
+    receivers: Sequence[str] | str,
     *,
     dataset: str | None = None,
     root: PathLike | None = None,

@@ -33,5 +33,11 @@ class BusyError(FastsitchError, RuntimeError):
     exit_code = 1
 
 
+class FailedError(FastsitchError, RuntimeError):
+    """Work that began and could not be finished: a training that diverged, a full disk."""
+
+    exit_code = 1
+
+
 class MemoryLimitError(FastsitchError, RuntimeError):
     """Not enough memory for what was asked."""

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,7 +13,17 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsitch.errors import BusyError
+from fastsitch.errors import BusyError, ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def output_folder(out: str | os.PathLike[str]) -> Path:
+    """The folder to write results to; raises ConfigError when a file has its name."""
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"--out {folder} is a file: expected a folder, or a name for a new one")
+    return folder
 
 
 def sync_file(path: Path) -> None:
@@ -54,15 +65,20 @@ def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
 
 
 @contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock file ``path``; the system releases it when the process ends, however it ends.
 
-    Raises BusyError at once when another process holds it.
+    When another process holds it, wait for it if ``wait`` is set, otherwise raise BusyError at once.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            if wait:
+                log.info("another process is at work on %s: waiting until it ends", what)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                yield
+                return
             raise BusyError(f"another process is at work on {what} (lock {path}): wait until it ends") from None
         yield

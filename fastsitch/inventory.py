@@ -7,10 +7,20 @@ from pathlib import Path
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import DEFAULT_DATASET
 from fastsitch.errors import ConfigError, FastsitchError
-from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record, trained_networks
+from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record, record_files
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
+from fastsitch.sweep.config import checked_run_name
 from fastsitch.sweep.results import Run
+
+
+@dataclass(frozen=True)
+class NetworkEntry:
+    """A network in the root: its record, or why it cannot be used."""
+
+    path: Path
+    record: NetworkRecord | None
+    problem: str
 
 
 @dataclass(frozen=True)
@@ -33,10 +43,14 @@ class RunEntry:
     problem: str
 
 
-def networks(root: Root) -> Iterator[NetworkRecord]:
+def networks(root: Root) -> Iterator[NetworkEntry]:
     """All trained networks, by data set and name."""
     for folder in _folders(root.path / "models"):
-        yield from trained_networks(folder)
+        for path in record_files(folder):
+            try:
+                yield NetworkEntry(path, read_record(folder, NetworkName.parse(path.stem)), "")
+            except FastsitchError as error:
+                yield NetworkEntry(path, None, str(error))
 
 
 def stores(root: Root) -> Iterator[StoreEntry]:
@@ -55,6 +69,8 @@ def runs(root: Root) -> Iterator[RunEntry]:
     """All runs, by data set and name."""
     for folder in _folders(root.path / "runs"):
         for path in _folders(folder):
+            if not (path / "run.json").is_file():
+                continue
             try:
                 run = Run.open(path)
             except FastsitchError as error:
@@ -65,7 +81,8 @@ def runs(root: Root) -> Iterator[RunEntry]:
 
 
 def find_run(root: Root, name: str, dataset: str | None = None) -> Run:
-    """The run of this name; raises ConfigError when several data sets have one, RunError when none has."""
+    """The run of this name; raises ConfigError when none has it or several data sets have one."""
+    checked_run_name(name)
     if dataset is not None:
         return Run.open(root.run(dataset, name))
     found = [folder / name for folder in _folders(root.path / "runs") if (folder / name / "run.json").is_file()]
@@ -87,31 +104,37 @@ def infer_dataset(root: Root, names: list[str]) -> str:
     have them or none has.
     """
     wanted = [NetworkName.parse(name) for name in names]
-    choices: dict[str, Path] = {}
-    for folder in _folders(root.path / "models"):
-        for record in trained_networks(folder):
-            choices[record.dataset] = folder
-    if not choices:
+    folders = [folder for folder in _folders(root.path / "models") if record_files(folder)]
+    if not folders:
         return DEFAULT_DATASET
-    fitting = [
-        dataset
-        for dataset, folder in choices.items()
-        if all((namesake(folder, name) if name.random else read_record(folder, name)) is not None for name in wanted)
-    ]
+    fitting = [folder for folder in folders if all(_record(folder, name) is not None for name in wanted)]
     if len(fitting) == 1:
-        return fitting[0]
-    if len(choices) == 1:
-        return next(iter(choices))
+        return _dataset_of(fitting[0])
+    if len(folders) == 1:
+        return _dataset_of(folders[0])
     have = "several data sets have" if fitting else "no single data set has"
     raise ConfigError(
         f"{have} {', '.join(map(str, wanted)) or 'these networks'}: choose one with --dataset: "
-        f"{', '.join(sorted(fitting or choices))}"
+        f"{', '.join(sorted(map(_dataset_of, fitting or folders)))}"
     )
 
 
-def folder_bytes(path: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+def _record(folder: Path, name: NetworkName) -> NetworkRecord | None:
+    return namesake(folder, name) if name.random else read_record(folder, name)
+
+
+def _dataset_of(folder: Path) -> str:
+    """The data set whose networks a folder holds, from the first record that can be read."""
+    problem: FastsitchError | None = None
+    for path in record_files(folder):
+        try:
+            record = read_record(folder, NetworkName.parse(path.stem))
+        except FastsitchError as error:
+            problem = problem or error
+        else:
+            if record is not None:
+                return record.dataset
+    raise problem or ConfigError(f"{folder} has no network")
 
 
 def _folders(path: Path) -> list[Path]:

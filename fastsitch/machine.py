@@ -93,7 +93,9 @@ def _cgroup_headroom() -> int:
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if not limit.is_file() or limit.read_text().strip() == "max":
         return sys.maxsize
-    return int(limit.read_text()) - int(used.read_text())
+    # cached file pages count as used, but give way to whoever needs the memory
+    statistics = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+    return int(limit.read_text()) - int(used.read_text()) + int(statistics.get("inactive_file", 0))
 
 
 def versions() -> dict[str, str]:

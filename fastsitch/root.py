@@ -4,10 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastsitch.advice import DEFAULT_ROOT
 from fastsitch.data import dataset_folder
+from fastsitch.errors import ConfigError
 from fastsitch.networks.names import NetworkName
-
-DEFAULT_ROOT = "fastsitch-data"
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,11 @@ class Root:
         """The root at ``path`` (default: FASTSITCH_ROOT, then ./fastsitch-data).
 
         Files of data sets are looked for in ``data_dir`` (default: FASTSITCH_DATA_DIR, then ``data`` in the root).
+        Raises ConfigError when the root is a file.
         """
         root = Path(path or os.environ.get("FASTSITCH_ROOT") or DEFAULT_ROOT)
+        if root.exists() and not root.is_dir():
+            raise ConfigError(f"--root {root} is a file: expected a folder, or a name for a new one")
         return cls(root, Path(data_dir or os.environ.get("FASTSITCH_DATA_DIR") or root / "data"))
 
     def models(self, dataset: str) -> Path:

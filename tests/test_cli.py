@@ -1,6 +1,10 @@
 """The command line as a user meets it: exit codes, plain lines, no tracebacks."""
 
 import re
+import shlex
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +13,7 @@ import pytest
 import fastsitch
 from fastsitch.cli.console import duration, rate_text, size, table
 from fastsitch.data import Dataset
-from tests.conftest import Command, save_npz
+from tests.conftest import Command, cli_environment, cli_line, save_npz
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +34,7 @@ def test_from_training_to_heat_maps(fashion: Dataset, tmp_path: Path, run_cli: C
     assert trained.returncode == 0, trained.stderr
     assert re.search(r"R1112: test accuracy 0\.\d{4}, width 4, 1 epochs on npz:", trained.stdout)
     stored = run_cli("precompute", "R1111")
-    assert re.search(r"R1111: 5 positions, \d+\.\d [kM]B, made in \d+ s: fastsitch-data", stored.stdout)
+    assert re.search(r"R1111: 5 positions, \d+\.\d [kM]B, made: fastsitch-data", stored.stdout)
     assert "up to date" in run_cli("precompute", "R1111").stdout
     options = ["--senders", "R1111", "--receivers", "R1112", "--settings", "T2T,R2T", "--recipe", "small"]
     swept = run_cli("sweep", *options, "--epochs", "1", "--batch-size", "16")
@@ -48,7 +52,7 @@ def test_from_training_to_heat_maps(fashion: Dataset, tmp_path: Path, run_cli: C
         assert file["accuracy"].shape == (5, 6)
     # the same command again trains nothing and says the same
     again = run_cli("sweep", *options, "--epochs", "1", "--batch-size", "16")
-    assert "2 of 2 units are done already" in again.stderr
+    assert "all 2 units of run" in again.stderr
     assert again.stdout.splitlines()[:3] == swept.stdout.splitlines()[:3]
 
 
@@ -132,6 +136,11 @@ SWEEP = ["sweep", "--senders", "R1111", "--receivers", "R1112"]
             "run 'first' has another configuration: recipe.",
         ),
         (["export", "none", "--out", "x", "--root", "ROOT"], "no run 'none' in"),
+        (["export", "../first", "--out", "x", "--root", "ROOT"], "--run '../first': expected letters, digits"),
+        (["export", "first", "--out", "/etc/hostname", "--root", "ROOT"], "--out /etc/hostname is a file"),
+        (["list", "--root", "/etc/hostname"], "--root /etc/hostname is a file: expected a folder"),
+        ([*SWEEP, "--root", "ROOT", "--run", ""], "--run '': expected letters, digits"),
+        ([*SWEEP, "--root", "ROOT", "--dry-run"], "fewer than one batch of 256 images"),
         (["plot", "none", "--out", "x"], "no run 'none' in fastsitch-data/runs: found none"),
     ],
 )
@@ -181,13 +190,74 @@ def test_a_data_set_has_to_be_chosen_when_several_have_the_networks(
 
 
 def test_a_bug_or_a_failing_machine_ends_with_1_and_one_line(root: Path, run_cli: Command, tmp_path: Path) -> None:
-    (tmp_path / "work" / "taken").write_text("a file where a folder should be")
-    ended = run_cli("export", "first", "--out", "taken", "--root", root)
+    (tmp_path / "work" / "out" / "R1111--R1112.T2T.npz").mkdir(parents=True)
+    ended = run_cli("export", "first", "--out", "out", "--root", root)
     assert ended.returncode == 1
     assert re.fullmatch(r"fastsitch: failed: \w+Error: .* \(--debug shows where\)\n", ended.stderr)
-    debugged = run_cli("export", "first", "--out", "taken", "--root", root, "--debug")
+    debugged = run_cli("export", "first", "--out", "out", "--root", root, "--debug")
     assert debugged.returncode == 1
     assert "Traceback" in debugged.stderr
+
+
+def test_broken_networks_are_shown_and_harm_no_other(fashion: Dataset, tmp_path: Path, run_cli: Command) -> None:
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
+    dataset, work = f"npz:{tmp_path / 'small.npz'}", tmp_path / "work"
+    assert run_cli("train", "R1111", "R1112", "--dataset", dataset, "--width", "2", "--epochs", "1").returncode == 0
+    (record,) = work.glob("fastsitch-data/models/*/R1111.json")
+    whole = record.read_text()
+    for broken, reason in (
+        ("{ not json", "R1111.json is no network record"),
+        ("[]", "R1111.json is no network record"),
+        (whole.replace('"width": 2', '"width": 4'), "R1111.json was altered"),
+        (record.with_name("R1112.json").read_text(), "R1111.json describes R1112"),
+    ):
+        record.write_text(broken)
+        listed = run_cli("list")
+        assert listed.returncode == 0
+        assert reason in listed.stdout
+        assert re.search(r"R1112 .*0\.\d{4} +fast, 1 epochs", listed.stdout)
+        assert run_cli("precompute", "R1112").returncode == 0
+        ended = run_cli("precompute", "R1111")
+        assert ended.returncode == 2
+        assert reason in ended.stderr
+
+
+def test_all_names_are_checked_before_work_begins(fashion: Dataset, tmp_path: Path, run_cli: Command) -> None:
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
+    ended = run_cli("train", "R1111", "R9999", "--dataset", f"npz:{tmp_path / 'small.npz'}", "--width", "2")
+    assert ended.returncode == 2
+    assert not (tmp_path / "work" / "fastsitch-data").exists()
+
+
+def test_paths_with_spaces_come_back_in_a_command_that_can_be_pasted(
+    fashion: Dataset, tmp_path: Path, run_cli: Command
+) -> None:
+    (tmp_path / "työ tila").mkdir()
+    save_npz(tmp_path / "työ tila" / "a b.npz", fashion.train, fashion.test, 160, 80)
+    dataset = f"npz:{tmp_path / 'työ tila' / 'a b.npz'}"
+    ended = run_cli("sweep", "--senders", "R1111", "--receivers", "R1111", "--dataset", dataset, "--root", "rö öt")
+    assert ended.returncode == 2
+    line = shlex.split(ended.stderr.splitlines()[1])
+    assert line == ["fastsitch", "train", "R1111", "--dataset", dataset, "--root", "rö öt"]
+    assert run_cli(*line[1:], "--width", "2", "--epochs", "1").returncode == 0
+
+
+def test_an_interrupted_sweep_ends_with_1_and_says_so(fashion: Dataset, tmp_path: Path) -> None:
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
+    fastsitch.train("R1111", dataset=f"npz:{tmp_path / 'small.npz'}", width=4, epochs=1, root=tmp_path)
+    options = ["--senders", "R1111", "--receivers", "R1111", "--batch-size", "8", "--epochs", "1000", "--run", "long"]
+    process = subprocess.Popen(
+        cli_line("sweep", *options, "--root", tmp_path), env=cli_environment(), stderr=subprocess.PIPE, text=True
+    )
+    while not list(tmp_path.glob("runs/*/long/run.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert errors.endswith("fastsitch: interrupted; what is finished is kept, the same command does the rest\n")
+    assert "Traceback" not in errors
 
 
 def test_texts() -> None:

@@ -324,16 +324,13 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_others(dtype: torch.
         assert not torch.equal(first[cell].weight_FD, other[cell].weight_FD)
 
 
-def test_evaluation_covers_every_test_image_in_batches_of_any_size(
-    fashion: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_covers_every_test_image_in_batches_of_any_size(fashion: Dataset) -> None:
     sender, receiver = network("R1111"), network("R1111", seed=1)
     source = source_of(sender, fashion, test=13)
     bank = bank_for(all_cells(sender, receiver), sender, receiver)
     model = frozen(receiver)
-    accuracy, loss = evaluate(model, source.test, bank)
-    monkeypatch.setattr("fastsitch.stitching.engine._EVALUATION_SAMPLES", 5 * 25)
-    in_parts = evaluate(model, source.test, bank)
+    accuracy, loss = evaluate(model, source.test, bank, images=100)
+    in_parts = evaluate(model, source.test, bank, images=5)
     assert torch.equal(accuracy, in_parts[0])
     torch.testing.assert_close(loss, in_parts[1])
     logits = stitched_logits(receiver, ResidentSource(source.shapes, source.test, source.test), bank)

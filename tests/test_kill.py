@@ -83,16 +83,17 @@ def test_a_sweep_survives_kills(fashion: Dataset, tmp_path: Path, run_cli: Comma
         options = ["--recipe", "small", "--batch-size", "16", "--seeds", "0,1,2,3,4,5", "--run", name, "--root", root]
         return ["sweep", "--senders", "R1111", "--receivers", "R1112", *options]
 
-    start = time.monotonic()
     assert run_cli(*arguments("whole")).returncode == 0
-    took = time.monotonic() - start
     runs = Root.at(root).runs(dataset)
     units = runs / "killed" / "units"
+    # killed at random moments after the run began, after its first unit and after its third
+    moments = [runs / "killed" / "run.json", *(units / f"R1111--R1112.T2T.task.seed{seed}.npz" for seed in (0, 2))]
     counts = []
-    for _ in range(4):
-        kill_while(arguments("killed"), tmp_path, runs / "killed" / "run.json", seed.uniform(0.0, 0.3 * took))
+    for moment in moments:
+        assert kill_while(arguments("killed"), tmp_path, moment, seed.uniform(0.0, 0.05))
         counts.append(len(list(units.glob("*.npz"))) if units.exists() else 0)
     assert counts == sorted(counts)
+    assert 3 <= counts[-1] < 6
     finished = run_cli(*arguments("killed"))
     assert finished.returncode == 0, finished.stderr
     assert contents(units).keys() >= contents(runs / "whole" / "units").keys()
@@ -131,6 +132,6 @@ def test_training_survives_a_kill_while_it_saves(fashion: Dataset, tmp_path: Pat
         time.sleep(seed.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
-        (loaded,) = fastsitch.inventory.networks(Root.at(root))
-        assert load_network(folder, NetworkName.parse("R1111")).record == loaded
-        assert loaded.recipe["epochs"] in (1, 2)
+        (entry,) = fastsitch.inventory.networks(Root.at(root))
+        assert load_network(folder, NetworkName.parse("R1111")).record == entry.record
+        assert entry.record.recipe["epochs"] in (1, 2)

@@ -9,7 +9,7 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"errors", "files", "identity", "kernels"},
+    {"errors", "files", "identity", "kernels", "advice"},
     {"machine"},
     {"data"},
     {"root", "networks"},

@@ -1,6 +1,7 @@
 """A sweep on disk: complete, resumable, exportable, and what its stitches say they are."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 import fastsitch
 from fastsitch.analysis.triangle import lower_left_mask, triangle
 from fastsitch.data import Dataset, load_dataset
-from fastsitch.errors import ConfigError, NetworkError, RunError
+from fastsitch.errors import ConfigError, NetworkError, RunError, StoreError
 from fastsitch.kernels.reference import conv_weight
 from fastsitch.networks.checkpoint import load_network
 from fastsitch.networks.names import NetworkName
@@ -157,6 +158,57 @@ def test_networks_that_were_never_trained_come_with_the_command_that_trains_them
     assert f"fastsitch train R1221 R2222@4 --dataset {dataset} --root {root}" in str(caught.value)
 
 
+def test_stale_stores_are_refused_before_anything_is_written(place: tuple[Path, str]) -> None:
+    root, dataset = place
+    fastsitch.train("R2111", dataset=dataset, width=4, epochs=1, root=root)
+    fastsitch.precompute("R2111", dataset=dataset, root=root)
+    fastsitch.train("R2111", dataset=dataset, width=4, epochs=2, root=root, force=True)
+    with pytest.raises(StoreError, match="R2111 is stale: the network was trained again since"):
+        fastsitch.sweep(["R1111", "R2111"], ["R1111"], root=root, run="stale", **OPTIONS)
+    assert not Root.at(root).run(dataset, "stale").exists()
+
+
+def test_controls_of_seeds_with_different_widths_are_ambiguous(place: tuple[Path, str]) -> None:
+    root, dataset = place
+    fastsitch.train("R2211", dataset=dataset, width=4, epochs=1, root=root)
+    fastsitch.train("R2211@1", dataset=dataset, width=2, epochs=1, root=root)
+    with pytest.raises(NetworkError, match="R2211-random@0 is ambiguous: R2211 has width 4, R2211@1 has width 2"):
+        fastsitch.sweep(["R2211"], ["R1111"], settings="R2T", root=root, run="ambiguous", **OPTIONS)
+
+
+def test_data_that_changed_after_training_stops_everything(
+    fashion: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_npz(tmp_path / "moving.npz", fashion.train, fashion.test, 160, 80)
+    fastsitch.train("R1111", dataset="npz:moving.npz", width=2, epochs=1)
+    # the same file by another name is the same data set
+    fastsitch.precompute("R1111", dataset=f"npz:{tmp_path}/./moving.npz")
+    save_npz(tmp_path / "moving.npz", fashion.train, fashion.test, 161, 80)
+    for call in (
+        lambda: fastsitch.precompute("R1111"),
+        lambda: fastsitch.sweep("R1111", "R1111", batch_size=16),
+    ):
+        with pytest.raises(NetworkError, match="has changed since R1111 was trained on it"):
+            call()
+
+
+def test_the_python_of_the_readme_runs(fashion: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As printed, but for the training: 300 images, networks of width 2."""
+    monkeypatch.chdir(tmp_path)
+    save_npz(tmp_path / "few.npz", fashion.train, fashion.test, 300, 50)
+    fastsitch.train("R1111", "R1112", dataset="npz:few.npz", width=2, epochs=1)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    lines = [line for line in block.splitlines() if "fastsitch.train(" not in line]
+    assert len(lines) < len(block.splitlines())
+    names: dict[str, object] = {}
+    exec("\n".join(lines), names)
+    assert (tmp_path / "results" / "R1111--R1112.R2T.npz").is_file()
+    assert (tmp_path / "results" / "R1111--R1112.T2T.png").is_file()
+    assert repr(names["run"]).startswith("<Run first: R1111 -> R1112, T2T,R2T on npz:")
+
+
 def test_exported_files_need_no_fastsitch(run: Run, tmp_path: Path) -> None:
     paths = fastsitch.export_run(run, tmp_path)
     assert [path.name for path in paths] == [
@@ -203,8 +255,21 @@ def test_damaged_results_are_named(place: tuple[Path, str]) -> None:
     root, _ = place
     run = fastsitch.sweep(["R1111"], ["R1111"], root=root, run="damaged", **OPTIONS)
     (file,) = (run.path / "units").glob("*.npz")
-    file.write_bytes(file.read_bytes()[:300])
-    with pytest.raises(RunError, match=r"seed0\.npz is damaged .*: delete it and sweep again"):
+    whole = file.read_bytes()
+    file.write_bytes(whole[:300])
+    with pytest.raises(RunError, match=r"seed0\.npz is damaged .*: sweep again to replace it"):
+        run.matrix("R1111", "R1111")
+    # the same sweep again replaces it, and a unit whose stitches are gone
+    fastsitch.sweep(["R1111"], ["R1111"], root=root, run="damaged", **OPTIONS)
+    assert file.read_bytes() == whole
+    file.with_suffix(".safetensors").unlink()
+    fastsitch.sweep(["R1111"], ["R1111"], root=root, run="damaged", **OPTIONS)
+    assert file.with_suffix(".safetensors").is_file()
+    # another unit's results under this unit's name are no results
+    other = fastsitch.sweep(["R1112"], ["R1112"], root=root, run="other", **OPTIONS)
+    (foreign,) = (other.path / "units").glob("*.npz")
+    file.write_bytes(foreign.read_bytes())
+    with pytest.raises(RunError, match=r"holds unit R1112--R1112\.T2T"):
         run.matrix("R1111", "R1111")
     (run.path / "run.json").write_text("{}")
     with pytest.raises(RunError, match=r"run\.json is damaged"):

@@ -1,20 +1,25 @@
 """Run a network once over a data set and keep its representations."""
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fastsitch.activations.store import ActivationStore, Report, StoreIdentity, StoreWriter, stale, writing
+from fastsitch.activations.store import (
+    ActivationStore,
+    Report,
+    StoreIdentity,
+    StoreWriter,
+    remedy,
+    stale,
+    writing,
+)
 from fastsitch.data import Dataset, Split
-from fastsitch.errors import ConfigError, StoreError
+from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
 from fastsitch.machine import DTYPES, native_bf16
-from fastsitch.networks.checkpoint import Network
+from fastsitch.networks.checkpoint import Network, require_fit
 from fastsitch.networks.frozen import FrozenNetwork
-
-log = logging.getLogger(__name__)
 
 _BATCH = 256
 """Images per forward pass."""
@@ -23,12 +28,9 @@ _BATCH = 256
 def store_identity(
     dataset: Dataset, network: Network, *, dtype: str, compress: str, device: torch.device
 ) -> StoreIdentity:
-    """What a store of this network on this data set would hold; raises ConfigError where the two do not fit."""
+    """What a store of this network on this data set would hold; raises NetworkError where the two do not fit."""
+    require_fit(network, dataset)
     record = network.record
-    if record.input_shape != dataset.input_shape:
-        raise ConfigError(
-            f"{record.name} was made for images {record.input_shape}, but {dataset.name} has {dataset.input_shape}"
-        )
     return StoreIdentity(
         network=record.name,
         dataset=dataset.name,
@@ -59,19 +61,14 @@ def ensure_store(
 
     A store that is up to date is left alone; with ``content_only`` its dtype and compression may be others. Raises
     StoreError with the reason when the store is stale or damaged and ``force`` is not set, BusyError when another
-    process is writing it.
+    process is writing it (``content_only`` waits instead: any store of this content will do).
     """
     identity = store_identity(dataset, network, dtype=dtype, compress=compress, device=device)
-    with exclusive(path.with_name(path.name + ".lock"), f"the store of {network.record.name}"):
+    if path.exists() and not force:
+        return open_fitting(path, identity, content_only=content_only), False
+    with exclusive(path.with_name(path.name + ".lock"), f"the store of {network.record.name}", wait=content_only):
         if path.exists() and not force:
-            store = ActivationStore.open(path)
-            reason = stale(store, identity, content_only=content_only)
-            if reason is not None:
-                raise StoreError(
-                    f"{path} is stale: {reason}; make it again with "
-                    f"fastsitch precompute {network.record.name} --dataset {dataset.name} --force"
-                )
-            return store, False
+            return open_fitting(path, identity, content_only=content_only), False
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=device)
         done, total = 0, sum(sizes.values())
@@ -85,6 +82,15 @@ def ensure_store(
                         report(done, total)
                 writer.write_samples(name, split.labels, torch.arange(len(split)))
         return ActivationStore.open(path), True
+
+
+def open_fitting(path: Path, identity: StoreIdentity, *, content_only: bool) -> ActivationStore:
+    """Open an existing store; raises StoreError when it is damaged or not the one that ``identity`` describes."""
+    store = ActivationStore.open(path)
+    reason = stale(store, identity, content_only=content_only)
+    if reason is not None:
+        raise StoreError(f"{path} is stale: {reason}; {remedy(path)}")
+    return store
 
 
 def _write_block(

@@ -13,7 +13,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from fastsitch.errors import ConfigError, StoreError
+from fastsitch.advice import command
+from fastsitch.errors import ConfigError, FailedError, StoreError
 from fastsitch.files import sync_file, write_json
 from fastsitch.identity import stable_hash
 from fastsitch.machine import DTYPES
@@ -84,7 +85,7 @@ class ActivationStore:
         self.identity = identity
         self.positions = positions
         self.sizes = sizes
-        self._arrays: dict[str, Any] = {}
+        self._arrays: dict[tuple[str, bool], Any] = {}
 
     @classmethod
     def open(cls, path: Path) -> "ActivationStore":
@@ -131,29 +132,47 @@ class ActivationStore:
         """Images per chunk of an array."""
         return int(self._array(f"{split}/{index}").chunks[0])
 
-    def _array(self, name: str) -> Any:
-        if name not in self._arrays:
-            with _pipeline():
-                self._arrays[name] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
-        return self._arrays[name]
+    def _array(self, name: str, *, whole_chunks: bool = True) -> Any:
+        """An array opened for reads of whole chunks by zarrs, or of any part by zarr's own pipeline."""
+        if (name, whole_chunks) not in self._arrays:
+            with _pipeline() if whole_chunks else nullcontext():
+                self._arrays[name, whole_chunks] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
+        return self._arrays[name, whole_chunks]
 
     def _read(self, name: str, start: int, stop: int) -> NDArray[Any]:
         array = self._array(name)
+        step = array.chunks[0]
+        first, last = start - start % step, min(-(-stop // step) * step, array.shape[0])
+        # zarrs does not verify the checksum of a chunk of which it reads a part, and the last chunk of an array is
+        # always one: zarr's own pipeline decodes chunks whole
+        edge = last - last % step
         try:
-            return np.asarray(array[start:stop])
+            parts = [array[first:edge]] if edge > first else []
+            if last > max(edge, first):
+                parts.append(self._array(name, whole_chunks=False)[max(edge, first) : last])
         except (RuntimeError, ValueError, OSError) as error:
-            step = array.chunks[0]
-            for first in range(start - start % step, stop, step):
-                try:
-                    array[first : min(first + step, stop)]
-                except (RuntimeError, ValueError, OSError):
-                    suffix = ".0" * (array.ndim - 1)
-                    file = self.path / name / f"{first // step}{suffix}"
-                    raise StoreError(f"{file} was altered or damaged ({error}): {_REMEDY}") from None
-            raise StoreError(f"{self.path / name} cannot be read ({error}): {_REMEDY}") from None
+            raise StoreError(
+                f"{self._damaged(name, first, last)} was altered or damaged ({error}); {remedy(self.path)}"
+            ) from None
+        values = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        return values[start - first : stop - first]
+
+    def _damaged(self, name: str, first: int, last: int) -> Path:
+        """The file of the chunk that cannot be read, or the array's folder."""
+        array = self._array(name, whole_chunks=False)
+        step = array.chunks[0]
+        for start in range(first, last, step):
+            try:
+                array[start : min(start + step, last)]
+            except (RuntimeError, ValueError, OSError):
+                return self.path / name / ".".join([str(start // step), *["0"] * (len(array.shape) - 1)])
+        return self.path / name
 
 
-_REMEDY = "make the store again with fastsitch precompute --force"
+def remedy(path: Path) -> str:
+    """The command that makes a store again, for error messages."""
+    network = path.name.removesuffix(".partial")
+    return f"make the store again with {command('precompute', network, root=path.parents[2], force=True)}"
 
 
 class StoreWriter:
@@ -237,7 +256,7 @@ class StoreWriter:
             written = sum(file.rpartition("/")[0] == name for file in files) - 1
             expected = -(-array.shape[0] // array.chunks[0])
             if written != expected:
-                raise StoreError(f"{self.path / name} has {written} of {expected} chunks: is the disk full?")
+                raise FailedError(f"{self.path / name} has {written} of {expected} chunks: is the disk full?")
         content = {
             "format": FORMAT,
             "identity": asdict(self.identity),
@@ -300,16 +319,16 @@ def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) 
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     if not file.is_file():
-        raise StoreError(f"{path} has no manifest.json: it is no complete activation store; {_REMEDY}")
+        raise StoreError(f"{path} has no manifest.json: it is no complete activation store; {remedy(path)}")
     try:
         manifest = json.loads(file.read_text())
         found_hash = manifest.pop("manifest_hash")
-    except (ValueError, KeyError, AttributeError) as error:
-        raise StoreError(f"{file} is no manifest of an activation store ({error}): {_REMEDY}") from None
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise StoreError(f"{file} is no manifest of an activation store ({error}); {remedy(path)}") from None
     if manifest.get("format") != FORMAT:
-        raise StoreError(f"{file} has format {manifest.get('format')}, expected {FORMAT}: {_REMEDY}")
+        raise StoreError(f"{file} has format {manifest.get('format')}, expected {FORMAT}; {remedy(path)}")
     if stable_hash(manifest) != found_hash:
-        raise StoreError(f"{file} was altered (its own hash does not fit): {_REMEDY}")
+        raise StoreError(f"{file} was altered (its own hash does not fit); {remedy(path)}")
     return dict(manifest)
 
 
@@ -317,11 +336,11 @@ def _census(path: Path, files: dict[str, list[int]]) -> None:
     for name, (size, checksum) in files.items():
         file = path / name
         if not file.is_file():
-            raise StoreError(f"{file} is missing: {_REMEDY}")
+            raise StoreError(f"{file} is missing; {remedy(path)}")
         if file.stat().st_size != size:
-            raise StoreError(f"{file} has {file.stat().st_size} bytes, expected {size}: {_REMEDY}")
+            raise StoreError(f"{file} has {file.stat().st_size} bytes, expected {size}; {remedy(path)}")
         if _checksum(file) != checksum:
-            raise StoreError(f"{file} has another checksum than the manifest says: {_REMEDY}")
+            raise StoreError(f"{file} has another checksum than the manifest says; {remedy(path)}")
 
 
 def _checksum(path: Path) -> int:

@@ -1,7 +1,7 @@
 """Data sets as uint8 tensors in memory."""
 
 from fastsitch.data.dataset import Dataset, Normalisation, Split, augment
-from fastsitch.data.load import DEFAULT_DATASET, SIZES, DatasetSize, dataset_folder, load_dataset
+from fastsitch.data.load import DEFAULT_DATASET, SIZES, DatasetSize, canonical_dataset, dataset_folder, load_dataset
 
 __all__ = [
     "DEFAULT_DATASET",
@@ -11,6 +11,7 @@ __all__ = [
     "Normalisation",
     "Split",
     "augment",
+    "canonical_dataset",
     "dataset_folder",
     "load_dataset",
 ]

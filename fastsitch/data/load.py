@@ -39,6 +39,21 @@ SIZES = {
 }
 
 
+def canonical_dataset(name: str) -> str:
+    """The name under which a data set is recorded: with the absolute path of a file or folder; raises DataError."""
+    if name in SIZES:
+        return name
+    kind, path = _located(name)
+    return f"{kind}:{path}"
+
+
+def _located(name: str) -> tuple[str, Path]:
+    kind, separator, location = name.partition(":")
+    if not separator or kind not in ("imagefolder", "npz") or not location:
+        raise DataError(f"unknown data set {name!r}: expected {', '.join(SIZES)}, imagefolder:DIR or npz:FILE")
+    return kind, Path(location).resolve()
+
+
 def dataset_folder(name: str) -> str:
     """The folder name of a data set under ``models/``, ``activations/`` and ``runs/``; raises DataError.
 
@@ -46,10 +61,7 @@ def dataset_folder(name: str) -> str:
     """
     if name in SIZES:
         return name
-    kind, separator, location = name.partition(":")
-    if not separator or kind not in ("imagefolder", "npz") or not location:
-        raise DataError(f"unknown data set {name!r}: expected {', '.join(SIZES)}, imagefolder:DIR or npz:FILE")
-    path = Path(location).resolve()
+    kind, path = _located(name)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem if kind == "npz" else path.name)
     return f"{kind}-{stem}-{stable_hash(str(path))[:8]}"
 
@@ -60,7 +72,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to. Raises
     DataError when the name is unknown, or when files are missing or malformed.
     """
-    dataset_folder(name)
+    name = canonical_dataset(name)
     kind, _, location = name.partition(":")
     if kind == "npz":
         train, test = read_npz(Path(location))

@@ -1,5 +1,6 @@
 """A network as a chain of segments, so that it can be cut between any two of them."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -68,8 +69,9 @@ class Chain(nn.Module):
     def from_module(cls, model: nn.Module, example_input: Tensor, positions: Sequence[str] | None = None) -> "Chain":
         """Make a chain of ``model``: a Chain as it is, an nn.Sequential cut after the children in ``positions``.
 
-        ``positions`` are names of children of the Sequential; None cuts after every child but the last, which then
-        is the head. The example input (B, C, H, W) fixes the shapes. Raises NetworkError for other modules.
+        A Sequential is copied, with in-place activations turned off: they would change a representation after it was
+        captured. ``positions`` are names of its children; None cuts after every child but the last, which then is the
+        head. The example input (B, C, H, W) fixes the shapes. Raises NetworkError for other modules.
         """
         if isinstance(model, Chain):
             return model
@@ -78,6 +80,10 @@ class Chain(nn.Module):
                 f"cannot cut a {type(model).__name__}: expected a Chain or an nn.Sequential; "
                 "wrap the model's stages in an nn.Sequential"
             )
+        model = copy.deepcopy(model)
+        for module in model.modules():
+            if hasattr(module, "inplace"):
+                module.__dict__["inplace"] = False
         children = list(model.named_children())
         names = [name for name, _ in children[:-1]] if positions is None else list(positions)
         known = [name for name, _ in children]

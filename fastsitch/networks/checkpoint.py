@@ -1,20 +1,18 @@
 """Networks on disk: weights as safetensors, everything else as JSON."""
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
-from fastsitch.data import Normalisation
+from fastsitch.data import Dataset, Normalisation, dataset_folder
 from fastsitch.errors import NetworkError
 from fastsitch.files import write_atomically, write_json
-from fastsitch.identity import tensors_hash, torch_generator
+from fastsitch.identity import stable_hash, tensors_hash, torch_generator
 from fastsitch.networks.names import BLOCKS, NetworkName
 from fastsitch.networks.resnet import SmallResNet, initialise
 
@@ -74,7 +72,8 @@ def save_network(folder: Path, chain: SmallResNet, record: NetworkRecord) -> Non
     file_name = f"{name}.{record.weights_hash[:12]}.safetensors"
     content = format_safetensors(weights)
     write_atomically(folder / file_name, lambda file: file.write(content))
-    write_json(folder / f"{name}.json", {"format": _FORMAT, "weights_file": file_name, **record.to_dict()})
+    description = {"format": _FORMAT, "weights_file": file_name, **record.to_dict()}
+    write_json(folder / f"{name}.json", {**description, "record_hash": stable_hash(description)})
     for old in folder.glob(f"{name}.*.safetensors"):
         if old.name != file_name:
             old.unlink()
@@ -91,14 +90,21 @@ def _read_json(path: Path) -> tuple[NetworkRecord, str] | None:
         return None
     try:
         content = json.loads(path.read_text())
+        found_hash = content.pop("record_hash")
+        intact = stable_hash(content) == found_hash
         if content.pop("format") != _FORMAT:
             raise NetworkError(f"{path} has another format: expected {_FORMAT}; train the network again with --force")
         weights_file = content.pop("weights_file")
-        return NetworkRecord.from_dict(content), weights_file
-    except (ValueError, KeyError, TypeError) as error:
-        if isinstance(error, NetworkError):
-            raise
+        record = NetworkRecord.from_dict(content)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise NetworkError(f"{path} is no network record ({error}): train the network again with --force") from None
+    if not intact:
+        raise NetworkError(f"{path} was altered (its own hash does not fit): train the network again with --force")
+    if record.name != path.stem or dataset_folder(record.dataset) != path.parent.name:
+        raise NetworkError(
+            f"{path} describes {record.name} on {record.dataset}: it belongs elsewhere; remove it or train again"
+        )
+    return record, weights_file
 
 
 def load_network(folder: Path, name: NetworkName) -> Network:
@@ -129,22 +135,27 @@ def load_network(folder: Path, name: NetworkName) -> Network:
     return Network(record, chain)
 
 
-def trained_networks(folder: Path) -> Iterator[NetworkRecord]:
-    """The records of all networks in a data set's folder, by name."""
-    for path in sorted(folder.glob("*.json")):
-        found = _read_json(path)
-        if found is not None:
-            yield found[0]
+def record_files(folder: Path) -> list[Path]:
+    """The record files of a data set's folder, by name; :func:`read_record` reads them."""
+    return sorted(folder.glob("*.json"))
 
 
 def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
-    """The trained network that a control borrows width, data set and classes from: the one of lowest seed."""
-    seeds = [
-        NetworkName.parse(record.name).seed
-        for record in trained_networks(folder)
-        if NetworkName.parse(record.name).architecture == name.architecture
-    ]
-    return read_record(folder, NetworkName(name.architecture, seed=min(seeds))) if seeds else None
+    """The trained network that a control borrows width, data set and classes from: the one of lowest seed.
+
+    Raises NetworkError when networks of that architecture have different widths: the control would be ambiguous.
+    """
+    files = [path for path in folder.glob(f"{name.architecture}*.json") if _is_seed_of(path.stem, name.architecture)]
+    records = [found[0] for path in files if (found := _read_json(path)) is not None]
+    widths = {record.name: record.width for record in records}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{own} has width {width}" for own, width in sorted(widths.items()))
+        raise NetworkError(f"{name} is ambiguous: {listed}; keep the seeds of an architecture at one width")
+    return min(records, key=lambda record: NetworkName.parse(record.name).seed) if records else None
+
+
+def _is_seed_of(stem: str, architecture: str) -> bool:
+    return stem == architecture or stem.startswith(f"{architecture}@")
 
 
 def _control(folder: Path, name: NetworkName) -> Network:
@@ -160,7 +171,15 @@ def _control(folder: Path, name: NetworkName) -> Network:
     return Network(NetworkRecord.from_dict({**draft.to_dict(), "weights_hash": weights_hash}), chain)
 
 
-@torch.no_grad()
-def parameters(chain: SmallResNet) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in chain.parameters())
+def require_fit(network: Network, dataset: Dataset) -> None:
+    """Raise NetworkError when the data set is not the one that the network was trained on, as it was then."""
+    record = network.record
+    if (record.input_shape, record.classes) != (dataset.input_shape, dataset.classes):
+        raise NetworkError(
+            f"{record.name} was made for images {record.input_shape} and {record.classes} classes, but "
+            f"{dataset.name} has {dataset.input_shape} and {dataset.classes}: train it again with --force"
+        )
+    if record.data_hash != dataset.hash:
+        raise NetworkError(
+            f"{dataset.name} has changed since {record.name} was trained on it: train it again with --force"
+        )

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsitch.data import Dataset, Normalisation, Split, augment
-from fastsitch.errors import ConfigError, NetworkError
+from fastsitch.errors import ConfigError, FailedError, NetworkError
 from fastsitch.files import exclusive
 from fastsitch.identity import tensors_hash, torch_generator
 from fastsitch.machine import native_bf16, versions
@@ -136,7 +136,7 @@ def train_network(
         _fit(chain, on_device, name, recipe, device, report)
         accuracy, loss = evaluate_network(chain, on_device.test, dataset.normalisation)
         if loss != loss or loss == float("inf"):
-            raise NetworkError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
+            raise FailedError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
         chain = chain.cpu().eval()
         record = NetworkRecord(
             name=str(name),

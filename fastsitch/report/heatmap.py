@@ -1,5 +1,6 @@
 """Annotated heat maps of stitching matrices."""
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastsitch.files import write_atomically
+from fastsitch.files import output_folder, write_atomically
 from fastsitch.stitching.cells import Unit
 from fastsitch.sweep.results import Run
 
@@ -79,14 +80,15 @@ def pair_figure(run: Run, sender: str, receiver: str, setting: str) -> Figure:
     )
 
 
-def plot_run(run: Run, out: Path) -> list[Path]:
+def plot_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
     """Write one heat map per pair and setting as PNG and PDF; return the PNG paths."""
+    folder = output_folder(out)
     paths = []
     for sender, receiver, setting in run.pairs():
         figure = pair_figure(run, sender, receiver, setting)
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
         for kind in ("pdf", "png"):
-            path = out / f"{unit.pair}.{kind}"
+            path = folder / f"{unit.pair}.{kind}"
             write_atomically(path, partial(figure.savefig, format=kind, dpi=160))
         paths.append(path)
     return paths

@@ -18,9 +18,6 @@ from fastsitch.stitching.schedule import stitch_schedule
 DONE, DIVERGED = 1, 2
 """Status of a trained cell, as exported (0 is: not run)."""
 
-_EVALUATION_SAMPLES = 8192
-"""Evaluation uses the largest batch with at most so many samples (stitches x images)."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecipe:
@@ -81,7 +78,8 @@ def train_group(
         kernel=kernel,
     )
     train_loss = _train(receiver, source.train, bank, recipe, order, report)
-    accuracy, loss = evaluate(receiver, source.test, bank)
+    # twice the training batch without what training keeps for gradients: never the larger of the two in memory
+    accuracy, loss = evaluate(receiver, source.test, bank, images=2 * recipe.batch_size)
     finite = (bank.finite() & loss.isfinite() & train_loss.isfinite()).tolist()
     stitches = bank.stitches()
     return {
@@ -144,15 +142,14 @@ def train_step(
     return loss
 
 
-def evaluate(receiver: FrozenNetwork, split: ResidentSplit, bank: StitchBank) -> tuple[Tensor, Tensor]:
-    """Accuracy and mean loss of every cell over the whole split (K,), in fp64."""
-    size = max(1, min(len(split), _EVALUATION_SAMPLES // max(1, len(bank.cells))))
+def evaluate(receiver: FrozenNetwork, split: ResidentSplit, bank: StitchBank, *, images: int) -> tuple[Tensor, Tensor]:
+    """Accuracy and mean loss of every cell over the whole split (K,), in fp64, so many images at a time."""
     correct = torch.zeros(len(bank.cells), dtype=torch.float64, device=receiver.device)
     loss_sum = torch.zeros_like(correct)
-    for start in range(0, len(split), size):
-        index = torch.arange(start, min(start + size, len(split)), device=receiver.device)
+    for start in range(0, len(split), images):
+        index = torch.arange(start, min(start + images, len(split)), device=receiver.device)
         batch = split.batch(index)
-        labels = split.labels[start : start + size]
+        labels = split.labels[start : start + images]
         cascade = Cascade(receiver, bank.counts, len(index))
         logits = cascade.infer(lambda j, out, batch=batch: bank.forward(j, batch, out))  # type: ignore[misc]
         correct += (logits.argmax(-1) == labels).sum(-1)

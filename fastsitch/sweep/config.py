@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastsitch.activations.order import ImageOrder
-from fastsitch.data import DEFAULT_DATASET
+from fastsitch.data import DEFAULT_DATASET, canonical_dataset
 from fastsitch.errors import ConfigError
 from fastsitch.identity import stable_hash
 from fastsitch.kernels import KERNELS
@@ -104,49 +104,56 @@ class SweepConfig:
 def sweep_config(
     *,
     dataset: str,
-    senders: Sequence[str],
-    receivers: Sequence[str],
+    senders: Sequence[str] | str,
+    receivers: Sequence[str] | str,
     recipe: str | None = None,
     epochs: int | None = None,
     lr: float | None = None,
     batch_size: int | None = None,
     group_size: int | str = "auto",
-    settings: Sequence[str] = ("T2T",),
-    seeds: Sequence[int] = (0,),
+    settings: Sequence[str] | str = ("T2T",),
+    seeds: Sequence[int] | int = (0,),
     **others: Any,
 ) -> SweepConfig:
     """A checked configuration from a recipe's name and what differs from it; raises ConfigError.
 
     The default recipe is ``small`` for the embedded data set and ``paper`` for all others. Names are brought into
-    their shortest form (``R1111@0`` is ``R1111``), repeated ones count once.
+    their shortest form (``R1111@0`` is ``R1111``), repeated ones count once; a text is a list separated by commas.
     """
     name = recipe or ("small" if dataset == DEFAULT_DATASET else "paper")
     if name not in STITCH_RECIPES:
         raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
     changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
     return SweepConfig(
-        dataset=dataset,
+        dataset=canonical_dataset(dataset),
         senders=_canonical(senders),
         receivers=_canonical(receivers),
         recipe=replace(STITCH_RECIPES[name], **{key: value for key, value in changes.items() if value is not None}),
         group_size=str(group_size),
-        settings=tuple(dict.fromkeys(settings)),
-        seeds=tuple(dict.fromkeys(seeds)),
+        settings=tuple(dict.fromkeys(listed(settings))),
+        seeds=tuple(dict.fromkeys([seeds] if isinstance(seeds, int) else seeds)),
         **others,
     )
 
 
 def checked_run_name(name: str) -> str:
     """A name that can be a folder; raises ConfigError."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith(".partial"):
         raise ConfigError(
             f"--run {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
         )
     return name
 
 
-def _canonical(names: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(str(NetworkName.parse(name)) for name in names))
+def _canonical(names: Sequence[str] | str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(str(NetworkName.parse(name)) for name in listed(names)))
+
+
+def listed(values: Sequence[str] | str) -> Sequence[str]:
+    """A text separated by commas as a list; a list as it is."""
+    if isinstance(values, str):
+        return [part.strip() for part in values.split(",") if part.strip()]
+    return values
 
 
 def _expect(option: str, values: Sequence[str], allowed: Sequence[str]) -> None:

@@ -4,12 +4,13 @@ import itertools
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from fastsitch.data import SIZES, DatasetSize, load_dataset
-from fastsitch.errors import DataError
+from fastsitch.errors import ConfigError
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.networks.checkpoint import namesake, read_record
 from fastsitch.networks.names import BLOCKS, NetworkName
@@ -63,6 +64,8 @@ class SweepEstimate:
     group_size: int
     memory: int
     """Peak bytes: one sender's representations and one training step."""
+    available: int
+    """Bytes of memory free on the device now."""
     disk: int
     """Bytes of the activation stores that do not exist yet, and of the results."""
     seconds: float
@@ -79,6 +82,11 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
     precision = resolve_precision(config.precision, torch_device)
     dtype = DTYPES[precision]
     data = _data_size(root, config.dataset)
+    if data.train < config.recipe.batch_size:
+        raise ConfigError(
+            f"{data.train} training images are fewer than one batch of {config.recipe.batch_size} images: "
+            f"use --batch-size {data.train} or less"
+        )
     units = plan_units(config)
     positions: dict[NetworkName, list[tuple[str, Shape]]] = {}
     assumed = []
@@ -119,6 +127,7 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         precision=precision,
         group_size=group_size,
         memory=resident + step_memory,
+        available=available_memory(torch_device),
         disk=stores + 4 * sum(unit.parameters for unit in estimates),
         seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD,
     )
@@ -166,10 +175,9 @@ def _data_size(root: Root, name: str) -> DatasetSize:
     """Known for the named data sets; counted for files that are there; otherwise a guess, marked so."""
     if name in SIZES:
         return SIZES[name]
-    try:
-        dataset = load_dataset(name, root.data_dir)
-    except DataError:
+    if not Path(name.partition(":")[2]).exists():
         return replace(SIZES["cifar10"], assumed=True)
+    dataset = load_dataset(name, root.data_dir)
     _, height, width = dataset.input_shape
     return DatasetSize(len(dataset.train), len(dataset.test), dataset.classes, height, width)
 

@@ -4,12 +4,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
 from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.precompute import ensure_store
+from fastsitch.activations.precompute import ensure_store, open_fitting, store_identity
 from fastsitch.activations.resident import ResidentSource
+from fastsitch.advice import command
 from fastsitch.data import Dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError, RunError
 from fastsitch.files import exclusive
@@ -22,7 +24,7 @@ from fastsitch.machine import (
     resolve_kernel,
     resolve_precision,
 )
-from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record
+from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record, require_fit
 from fastsitch.networks.compiled import compile_blocks
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.networks.names import NetworkName
@@ -67,7 +69,7 @@ def run_sweep(
     Networks have to be trained (NetworkError otherwise); stores that are missing are made. Raises RunError when the
     run of that name has another configuration, or began on another kind of device.
     """
-    name = checked_run_name(run or config.default_run_name)
+    name = checked_run_name(config.default_run_name if run is None else run)
     units = plan_units(config)
     require_networks(root, config)
     torch_device = resolve_device(device)
@@ -85,8 +87,15 @@ def run_sweep(
     }
     _check_geometries(units, inputs)
     path = root.run(config.dataset, name)
-    with exclusive(path.with_name(path.name + ".lock"), f"run {name!r}"):
-        current = _open_run(root, name, config, inputs, dataset, torch_device)
+    finished = _existing_run(path, config, inputs, dataset, torch_device)
+    _check_stores(root, config, units, networks, torch_device)
+    if finished is not None and all(finished.intact(planned.unit) for planned in finished.units):
+        log.info("all %d units of run %s are done already", len(units), name)
+        return finished
+    with exclusive(path / "lock", f"run {name!r}"):
+        current = _existing_run(path, config, inputs, dataset, torch_device) or _new_run(
+            path, config, inputs, dataset, torch_device
+        )
         log.info("run %s: %s", name, _describe(current.resolved))
         _Execution(root, current, dataset, networks, torch_device, report).carry_out()
     return current
@@ -110,13 +119,14 @@ class _Execution:
         self.report = report
         self.dtype = DTYPES[run.resolved.precision]
         self.total = sum(self._cells(planned) for planned in run.units)
-        self.finished = sum(self._cells(planned) for planned in run.units if run.done(planned.unit))
+        self.missing = [planned for planned in run.units if not run.intact(planned.unit)]
+        self.finished = self.total - sum(self._cells(planned) for planned in self.missing)
 
     def carry_out(self) -> None:
-        missing = [planned for planned in self.run.units if not self.run.done(planned.unit)]
-        if len(missing) < len(self.run.units):
-            log.info("%d of %d units are done already", len(self.run.units) - len(missing), len(self.run.units))
-        for sender, group in groupby(missing, key=lambda planned: planned.sender):
+        done = len(self.run.units) - len(self.missing)
+        if done:
+            log.info("%d of %d units are done already", done, len(self.run.units))
+        for sender, group in groupby(self.missing, key=lambda planned: planned.sender):
             source, store_hash = self._load(sender)
             for planned in group:
                 results = self._train(planned, source)
@@ -131,7 +141,7 @@ class _Execution:
             log.info("%s has no activation store yet: making %s", sender, path)
         store, _ = ensure_store(path, self.dataset, self.networks.load(sender), device=self.device, content_only=True)
         for planned in self.run.units:
-            if planned.sender == sender and self.run.done(planned.unit):
+            if planned.sender == sender and planned not in self.missing:
                 used = str(self.run.read(planned.unit)["store_hash"])
                 if used != store.identity.hash:
                     raise RunError(
@@ -176,7 +186,7 @@ class _Networks:
 
     def __init__(self, root: Root, dataset: Dataset, device: torch.device) -> None:
         self._folder = root.models(dataset.name)
-        self._dataset = dataset
+        self.dataset = dataset
         self._device = device
         self._loaded: dict[NetworkName, Network] = {}
         self._frozen: dict[NetworkName, FrozenNetwork] = {}
@@ -184,12 +194,7 @@ class _Networks:
     def load(self, name: NetworkName) -> Network:
         if name not in self._loaded:
             network = load_network(self._folder, name)
-            record, dataset = network.record, self._dataset
-            if (record.input_shape, record.classes) != (dataset.input_shape, dataset.classes):
-                raise NetworkError(
-                    f"{name} was made for images {record.input_shape} and {record.classes} classes, but "
-                    f"{dataset.name} has {dataset.input_shape} and {dataset.classes}: train it again with --force"
-                )
+            require_fit(network, self.dataset)
             self._loaded[name] = network
         return self._loaded[name]
 
@@ -205,7 +210,7 @@ class _Networks:
         accuracy = network.record.accuracy
         if accuracy is None:
             chain = network.chain.to(self._device)
-            test = self._dataset.test.to(self._device)
+            test = self.dataset.test.to(self._device)
             accuracy, _ = evaluate_network(chain, test, network.record.normalisation)
             chain.cpu()
         positions = tuple((position.name, position.shape) for position in network.chain.positions)
@@ -223,36 +228,59 @@ def require_networks(root: Root, config: SweepConfig) -> None:
     missing = []
     for planned in plan_units(config):
         for name in (planned.sender, planned.receiver):
-            found = namesake(folder, name) if name.random else read_record(folder, name)
-            if found is None:
-                missing.append(NetworkName(name.architecture, seed=0 if name.random else name.seed))
+            if name.random:
+                # refuses controls that would be ambiguous
+                namesake(folder, name)
+        trained = (NetworkName.parse(planned.unit.sender), NetworkName.parse(planned.unit.receiver))
+        missing += [name for name in trained if read_record(folder, name) is None]
     if missing:
-        names = " ".join(str(name) for name in sorted(set(missing)))
-        where = "" if str(root.path) == "fastsitch-data" else f" --root {root.path}"
+        names = sorted(set(missing))
+        line = command("train", *names, dataset=config.dataset, root=root.path)
         raise NetworkError(
-            f"not trained yet on {config.dataset}: {names}; train first with\n"
-            f"  fastsitch train {names} --dataset {config.dataset}{where}"
+            f"not trained yet on {config.dataset}: {', '.join(map(str, names))}; train first with\n  {line}"
         )
 
 
-def _open_run(
-    root: Root,
-    name: str,
+def _check_stores(
+    root: Root, config: SweepConfig, units: list[PlannedUnit], networks: "_Networks", device: torch.device
+) -> None:
+    """Refuse a store that is stale or damaged before any work begins, not when its sender's turn comes."""
+    for sender in dict.fromkeys(planned.sender for planned in units):
+        path = root.store(config.dataset, sender)
+        if path.exists():
+            network = networks.load(sender)
+            identity = store_identity(networks.dataset, network, dtype="bf16", compress="none", device=device)
+            open_fitting(path, identity, content_only=True)
+
+
+def _existing_run(
+    path: Path,
+    config: SweepConfig,
+    inputs: dict[NetworkName, NetworkInput],
+    dataset: Dataset,
+    device: torch.device,
+) -> Run | None:
+    """The run at ``path``, if there is one; raises RunError when it is not the one asked for."""
+    if not (path / "run.json").is_file():
+        return None
+    run = Run.open(path)
+    run.require(config, inputs, dataset.hash)
+    if run.resolved.device != device.type:
+        raise RunError(
+            f"run {run.name!r} began on {run.resolved.device}: continue it with --device {run.resolved.device}, "
+            "or use another --run name"
+        )
+    return run
+
+
+def _new_run(
+    path: Path,
     config: SweepConfig,
     inputs: dict[NetworkName, NetworkInput],
     dataset: Dataset,
     device: torch.device,
 ) -> Run:
-    path = root.run(config.dataset, name)
-    if (path / "run.json").is_file():
-        run = Run.open(path)
-        run.require(config, inputs, dataset.hash)
-        if run.resolved.device != device.type:
-            raise RunError(
-                f"run {name!r} began on {run.resolved.device}: continue it with --device {run.resolved.device}, "
-                "or use another --run name"
-            )
-        return run
+    """Create the run, with everything that ``auto`` chooses on this machine frozen into it."""
     precision = resolve_precision(config.precision, device)
     itemsize = DTYPES[precision].itemsize
     pairs = [

@@ -1,5 +1,6 @@
 """Matrices as NumPy files with a JSON sidecar, readable without fastsitch."""
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -7,22 +8,23 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsitch.files import write_json, write_npz
+from fastsitch.files import output_folder, write_json, write_npz
 from fastsitch.stitching.cells import Unit
 from fastsitch.sweep.results import METRICS, Run
 
 
-def export_run(run: Run, out: Path) -> list[Path]:
+def export_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
     """Write ``SENDER--RECEIVER.SETTING.npz`` and ``.json`` for every pair and setting; return the npz paths.
 
     Arrays are float64 with rows = sender positions and columns = receiver positions (NaN where a cell is not done or
     diverged); ``status`` is int8: 0 not run, 1 done, 2 diverged. With several seeds the mean, and ``*_by_seed`` with
     the seeds as leading axis.
     """
+    folder = output_folder(out)
     paths = []
     for sender, receiver, setting in run.pairs():
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
-        path = out / f"{unit.pair}.npz"
+        path = folder / f"{unit.pair}.npz"
         write_npz(path, _arrays(run, sender, receiver, setting))
         write_json(path.with_suffix(".json"), _sidecar(run, sender, receiver, setting))
         paths.append(path)

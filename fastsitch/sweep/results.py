@@ -1,7 +1,9 @@
 """A run on disk: its configuration, what ``auto`` chose, and one pair of files per finished unit."""
 
 import json
+import logging
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -26,12 +28,15 @@ from fastsitch.stitching.engine import CellResult
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.plan import PlannedUnit, plan_units
 
+log = logging.getLogger(__name__)
+
 _FORMAT = 1
 
 METRICS = ("accuracy", "accuracy_ratio", "accuracy_drop", "loss", "train_loss", "status")
 """What :meth:`Run.matrix` knows."""
 
 _RAW = ("accuracy", "loss", "train_loss", "status")
+_PROVENANCE = ("unit", "store_hash", "stitches_bytes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +85,10 @@ class Run:
         self.networks = networks
         self.data_hash = data_hash
         self.versions = provenance
+
+    def __repr__(self) -> str:
+        pairs = f"{','.join(self.config.senders)} -> {','.join(self.config.receivers)}"
+        return f"<Run {self.name}: {pairs}, {','.join(self.config.settings)} on {self.config.dataset}>"
 
     @property
     def name(self) -> str:
@@ -174,15 +183,38 @@ class Run:
             weights[f"{cell.i}-{cell.j}.bias"] = result.bias_D.to(torch.float32).contiguous()
         stitches = format_safetensors(weights)
         write_atomically(self._file(unit, ".safetensors"), lambda file: file.write(stitches))
-        write_npz(self._file(unit), {"store_hash": np.array(store_hash), **arrays})
+        provenance = {
+            "unit": np.array(unit.name),
+            "store_hash": np.array(store_hash),
+            "stitches_bytes": np.array(len(stitches)),
+        }
+        write_npz(self._file(unit), {**provenance, **arrays})
 
     def read(self, unit: Unit) -> dict[str, NDArray[Any]]:
         """The raw matrices of a finished unit; raises RunError when the file is damaged."""
         try:
             with self._file(unit).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                return {name: file[name] for name in (*_RAW, "store_hash")}
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise RunError(f"{self._file(unit)} is damaged ({error}): delete it and sweep again") from None
+                arrays = {name: file[name] for name in (*_RAW, *_PROVENANCE)}
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise RunError(f"{self._file(unit)} is damaged ({error}): sweep again to replace it") from None
+        if str(arrays["unit"]) != unit.name:
+            raise RunError(f"{self._file(unit)} holds unit {arrays['unit']}: sweep again to replace it")
+        return arrays
+
+    def intact(self, unit: Unit) -> bool:
+        """Whether a unit is done and both of its files are whole; what is not is logged."""
+        if not self.done(unit):
+            return False
+        try:
+            arrays = self.read(unit)
+        except RunError as error:
+            log.warning("%s", error)
+            return False
+        stitches = self._file(unit, ".safetensors")
+        if not stitches.is_file() or stitches.stat().st_size != int(arrays["stitches_bytes"]):
+            log.warning("%s is missing or damaged: training the unit again", stitches)
+            return False
+        return True
 
     def stitch(self, cell: Cell) -> tuple[Tensor, Tensor]:
         """Weight (F, D), features ordered (ky, kx, c), and bias (D,) of a trained stitch, fp32."""
@@ -201,6 +233,7 @@ class Run:
 
     def pair_networks(self, sender: str, receiver: str, setting: str = "T2T") -> tuple[NetworkInput, NetworkInput]:
         """The networks behind a pair and setting; raises RunError when the run has no such pair."""
+        sender, receiver = _canonical(sender), _canonical(receiver)
         for planned in self.units:
             unit = planned.unit
             if (unit.sender, unit.receiver, unit.setting) == (sender, receiver, setting):
@@ -219,6 +252,7 @@ class Run:
         if metric not in METRICS:
             raise RunError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
         first, last = self.pair_networks(sender, receiver, setting)
+        sender, receiver = _canonical(sender), _canonical(receiver)
         raw = metric if metric in _RAW else "accuracy"
         missing = 0 if metric == "status" else np.nan
         matrices = []
@@ -258,6 +292,10 @@ class Run:
 
     def _file(self, unit: Unit, suffix: str = ".npz") -> Path:
         return self.path / "units" / (unit.name + suffix)
+
+
+def _canonical(name: str) -> str:
+    return str(NetworkName.parse(name))
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:

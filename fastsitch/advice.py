@@ -1,0 +1,18 @@
+"""Commands that error messages tell the user to run; they can be pasted as they are."""
+
+import shlex
+from pathlib import Path
+
+DEFAULT_ROOT = "fastsitch-data"
+
+
+def command(
+    verb: str, *names: object, dataset: str | None = None, root: Path | None = None, force: bool = False
+) -> str:
+    """``fastsitch VERB NAMES --dataset ... --root ... --force``, quoted for a shell; the default root is left out."""
+    parts = ["fastsitch", verb, *map(str, names)]
+    if dataset is not None:
+        parts += ["--dataset", dataset]
+    if root is not None and str(root) != DEFAULT_ROOT:
+        parts += ["--root", str(root)]
+    return shlex.join([*parts, "--force"] if force else parts)
