@@ -67,13 +67,13 @@ CONFIGS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(block_m=128, block_n=256, block_f=64, warps=8, stages=3),
         TileConfig(block_m=128, block_n=128, block_f=64, warps=8, stages=3),
         TileConfig(block_m=128, block_n=64, block_f=64, warps=4, stages=3, resident=2),
-        TileConfig(block_m=64, block_n=64, block_f=32, warps=4, stages=3, resident=4),
+        TileConfig(block_m=64, block_n=64, block_f=32, warps=8, stages=3, resident=2),
     ),
     GRAD: (
         TileConfig(block_m=64, block_n=64, block_f=256, warps=8, stages=3),
         TileConfig(block_m=64, block_n=128, block_f=128, warps=8, stages=3),
         TileConfig(block_m=64, block_n=64, block_f=64, warps=4, stages=3, resident=2),
-        TileConfig(block_m=32, block_n=64, block_f=64, warps=4, stages=3, resident=4),
+        TileConfig(block_m=32, block_n=64, block_f=64, warps=4, stages=3, resident=3),
     ),
 }
 """The candidates per kernel, at most four each."""
