@@ -11,7 +11,8 @@ import torch
 
 from fastsitch.activations.precompute import ensure_store, store_identity
 from fastsitch.activations.resident import ResidentSource
-from fastsitch.activations.store import ActivationStore, writing
+from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.writer import writing
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.errors import BusyError, ConfigError, FastsitchError, MemoryLimitError, NetworkError, StoreError
 from fastsitch.files import exclusive

@@ -1,25 +1,22 @@
 """Run a network once over a data set and keep its representations."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from fastsitch.activations.store import (
-    ActivationStore,
-    Report,
-    StoreIdentity,
-    StoreWriter,
-    remedy,
-    stale,
-    writing,
-)
+from fastsitch.activations.store import ActivationStore, StoreIdentity, remedy, stale
+from fastsitch.activations.writer import StoreWriter, writing
 from fastsitch.data import Dataset, Split
 from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
 from fastsitch.machine import DTYPES, native_bf16
 from fastsitch.networks.checkpoint import Network, require_fit
 from fastsitch.networks.frozen import FrozenNetwork
+
+Report = Callable[[int, int], None]
+"""report(images done, images in all)."""
 
 _BATCH = 256
 """Images per forward pass."""

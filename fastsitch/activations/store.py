@@ -10,10 +10,8 @@ every file, so that missing, truncated and exchanged files are found when a stor
 """
 
 import json
-import shutil
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,27 +23,17 @@ import zarrs  # noqa: F401  registers the codec pipeline; has to come before zar
 import zarr  # isort: skip
 from numpy.typing import NDArray
 from torch import Tensor
-from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from fastsitch.advice import command
-from fastsitch.errors import ConfigError, FailedError, StoreError
-from fastsitch.files import sync_file, write_json
+from fastsitch.errors import ConfigError, StoreError
 from fastsitch.identity import stable_hash
-from fastsitch.machine import DTYPES
 from fastsitch.networks.chain import Position
 
 FORMAT = 1
-CHUNK_BYTES = 4 << 20
-MAX_CHUNK_IMAGES = 1024
 COMPRESSIONS = ("none", "zstd")
-SPLITS = ("train", "test")
 
-_STORED_AS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
+STORED_AS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
 """bf16 is kept as bit patterns: Zarr has no such type. The true dtype is in the attributes and the manifest."""
-
-_MISSING = {"bf16": 0xFFFF, "fp16": float("nan"), "fp32": float("nan")}
-"""Fill values: NaN, which is never stored. Chunks full of the fill value are not written, so with 0 a chunk of zeros
-could not be told from a missing one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +53,8 @@ class StoreIdentity:
     compress: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in _STORED_AS:
-            raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(_STORED_AS)}")
+        if self.dtype not in STORED_AS:
+            raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(STORED_AS)}")
         if self.compress not in COMPRESSIONS:
             raise ConfigError(f"--compress {self.compress}: expected one of {', '.join(COMPRESSIONS)}")
 
@@ -111,7 +99,7 @@ class ActivationStore:
     def bytes(self) -> int:
         """Size of all representations, as stored without compression."""
         per_image = sum(int(np.prod(position.shape)) for position in self.positions)
-        return per_image * np.dtype(_STORED_AS[self.identity.dtype]).itemsize * sum(self.sizes.values())
+        return per_image * np.dtype(STORED_AS[self.identity.dtype]).itemsize * sum(self.sizes.values())
 
     def read(self, split: str, index: int, start: int, stop: int) -> Tensor:
         """Images start ... stop - 1 at a position as (n, H, W, C) in the store's dtype, on the CPU."""
@@ -135,7 +123,7 @@ class ActivationStore:
     def _array(self, name: str, *, whole_chunks: bool = True) -> Any:
         """An array opened for reads of whole chunks by zarrs, or of any part by zarr's own pipeline."""
         if (name, whole_chunks) not in self._arrays:
-            with _pipeline() if whole_chunks else nullcontext():
+            with zarrs_pipeline() if whole_chunks else nullcontext():
                 self._arrays[name, whole_chunks] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
         return self._arrays[name, whole_chunks]
 
@@ -173,127 +161,6 @@ def remedy(path: Path) -> str:
     """The command that makes a store again, for error messages."""
     network = path.name.removesuffix(".partial")
     return f"make the store again with {command('precompute', network, root=path.parents[2], force=True)}"
-
-
-class StoreWriter:
-    """Writes a store beside its final place; see :func:`writing`."""
-
-    def __init__(
-        self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
-    ) -> None:
-        self.path = path
-        self.identity = identity
-        self.positions = positions
-        self.sizes = sizes
-        self._stored_as = np.dtype(_STORED_AS[identity.dtype])
-        self._dtype = DTYPES[identity.dtype]
-        compressors: list[Any] = [ZstdCodec(level=1)] if identity.compress == "zstd" else []
-        with _pipeline():
-            group = zarr.open_group(path, mode="w", zarr_format=3)
-            self._arrays: dict[str, Any] = {}
-            for split, images in sizes.items():
-                for position in positions:
-                    channels, height, width = position.shape
-                    self._arrays[f"{split}/{position.index}"] = group.create_array(
-                        f"{split}/{position.index}",
-                        shape=(images, height, width, channels),
-                        chunks=(self.chunk_images(position), height, width, channels),
-                        dtype=self._stored_as,
-                        compressors=[*compressors, Crc32cCodec()],
-                        fill_value=_MISSING[identity.dtype],
-                        attributes={"dtype": identity.dtype, "position": position.name},
-                        **_ARRAY_OPTIONS,
-                    )
-                for name in ("labels", "ids"):
-                    self._arrays[f"{split}/{name}"] = group.create_array(
-                        f"{split}/{name}",
-                        shape=(images,),
-                        chunks=(images,),
-                        dtype=np.int64,
-                        compressors=[Crc32cCodec()],
-                        fill_value=-1,
-                        **_ARRAY_OPTIONS,
-                    )
-
-    def chunk_images(self, position: Position) -> int:
-        """Images per chunk: the power of two that comes closest to 4 MiB from below."""
-        images = max(1, CHUNK_BYTES // (int(np.prod(position.shape)) * self._stored_as.itemsize))
-        return int(min(MAX_CHUNK_IMAGES, 1 << (images.bit_length() - 1)))
-
-    @property
-    def block_images(self) -> int:
-        """Images per call of :meth:`write` that fill whole chunks at every position."""
-        return max(self.chunk_images(position) for position in self.positions)
-
-    def write(self, split: str, index: int, start: int, x_NHWC: Tensor) -> None:
-        """Write consecutive images from ``start``, a multiple of the chunk, at one position.
-
-        Raises StoreError when the store's dtype cannot hold the values.
-        """
-        values = x_NHWC.to(self._dtype).contiguous().cpu()
-        if not bool(values.isfinite().all()):
-            raise StoreError(
-                f"{self.identity.network} has values at position {self.positions[index].name} that "
-                f"{self.identity.dtype} cannot hold: use --dtype bf16 or fp32, or look whether the network diverged"
-            )
-        if self.identity.dtype == "bf16":
-            values = values.view(torch.uint16)
-        self._arrays[f"{split}/{index}"][start : start + len(values)] = values.numpy()
-
-    def write_samples(self, split: str, labels: Tensor, ids: Tensor) -> None:
-        """Write the labels and sample ids of a whole split."""
-        self._arrays[f"{split}/labels"][:] = labels.cpu().numpy()
-        self._arrays[f"{split}/ids"][:] = ids.cpu().numpy()
-
-    def finish(self) -> None:
-        """Check that every chunk is there, flush everything to the disk, then write the manifest."""
-        files = {}
-        for path in sorted(self.path.rglob("*")):
-            sync_file(path)
-            if path.is_file():
-                files[path.relative_to(self.path).as_posix()] = [path.stat().st_size, _checksum(path)]
-        for name, array in self._arrays.items():
-            written = sum(file.rpartition("/")[0] == name for file in files) - 1
-            expected = -(-array.shape[0] // array.chunks[0])
-            if written != expected:
-                raise FailedError(f"{self.path / name} has {written} of {expected} chunks: is the disk full?")
-        content = {
-            "format": FORMAT,
-            "identity": asdict(self.identity),
-            "hash": self.identity.hash,
-            "positions": [asdict(position) for position in self.positions],
-            "sizes": self.sizes,
-            "files": files,
-        }
-        write_json(self.path / "manifest.json", {**content, "manifest_hash": stable_hash(content)})
-
-
-_ARRAY_OPTIONS: dict[str, Any] = {
-    "filters": None,
-    "chunk_key_encoding": {"name": "v2", "separator": "."},
-}
-
-
-@contextmanager
-def writing(
-    path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
-) -> Iterator[StoreWriter]:
-    """Write a store aside and put it at ``path`` by one rename when the block ends without an error.
-
-    What an earlier, killed attempt left behind is removed first. The caller holds the lock.
-    """
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = StoreWriter(partial, identity, positions, sizes)
-    yield writer
-    writer.finish()
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    sync_file(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) -> str | None:
@@ -339,11 +206,11 @@ def _census(path: Path, files: dict[str, list[int]]) -> None:
             raise StoreError(f"{file} is missing; {remedy(path)}")
         if file.stat().st_size != size:
             raise StoreError(f"{file} has {file.stat().st_size} bytes, expected {size}; {remedy(path)}")
-        if _checksum(file) != checksum:
+        if file_checksum(file) != checksum:
             raise StoreError(f"{file} has another checksum than the manifest says; {remedy(path)}")
 
 
-def _checksum(path: Path) -> int:
+def file_checksum(path: Path) -> int:
     """Of a chunk the crc32c that it ends in (verified on every read), of other files their crc32."""
     if path.suffix == ".json":
         return zlib.crc32(path.read_bytes())
@@ -352,10 +219,6 @@ def _checksum(path: Path) -> int:
         return int.from_bytes(file.read(4), "little")
 
 
-def _pipeline() -> Any:
+def zarrs_pipeline() -> Any:
     """zarrs reads and writes several times faster; chosen when an array is opened, without touching others."""
     return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
-
-
-Report = Callable[[int, int], None]
-"""report(images done, images in all)."""

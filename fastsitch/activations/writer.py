@@ -1,0 +1,150 @@
+"""Writing an activation store: aside, checked, flushed, and put in place by one rename."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsitch.activations.store import FORMAT, STORED_AS, StoreIdentity, file_checksum, zarrs_pipeline
+from fastsitch.errors import FailedError, StoreError
+from fastsitch.files import sync_file, write_json
+from fastsitch.identity import stable_hash
+from fastsitch.machine import DTYPES
+from fastsitch.networks.chain import Position
+
+import zarr  # isort: skip
+from zarr.codecs import Crc32cCodec, ZstdCodec  # isort: skip
+
+CHUNK_BYTES = 4 << 20
+MAX_CHUNK_IMAGES = 1024
+
+_MISSING = {"bf16": 0xFFFF, "fp16": float("nan"), "fp32": float("nan")}
+"""Fill values: NaN, which is never stored. Chunks full of the fill value are not written, so with 0 a chunk of zeros
+could not be told from a missing one."""
+
+
+class StoreWriter:
+    """Writes a store beside its final place; see :func:`writing`."""
+
+    def __init__(
+        self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+    ) -> None:
+        self.path = path
+        self.identity = identity
+        self.positions = positions
+        self.sizes = sizes
+        self._stored_as = np.dtype(STORED_AS[identity.dtype])
+        self._dtype = DTYPES[identity.dtype]
+        compressors: list[Any] = [ZstdCodec(level=1)] if identity.compress == "zstd" else []
+        with zarrs_pipeline():
+            group = zarr.open_group(path, mode="w", zarr_format=3)
+            self._arrays: dict[str, Any] = {}
+            for split, images in sizes.items():
+                for position in positions:
+                    channels, height, width = position.shape
+                    self._arrays[f"{split}/{position.index}"] = group.create_array(
+                        f"{split}/{position.index}",
+                        shape=(images, height, width, channels),
+                        chunks=(self.chunk_images(position), height, width, channels),
+                        dtype=self._stored_as,
+                        compressors=[*compressors, Crc32cCodec()],
+                        fill_value=_MISSING[identity.dtype],
+                        attributes={"dtype": identity.dtype, "position": position.name},
+                        **_ARRAY_OPTIONS,
+                    )
+                for name in ("labels", "ids"):
+                    self._arrays[f"{split}/{name}"] = group.create_array(
+                        f"{split}/{name}",
+                        shape=(images,),
+                        chunks=(images,),
+                        dtype=np.int64,
+                        compressors=[Crc32cCodec()],
+                        fill_value=-1,
+                        **_ARRAY_OPTIONS,
+                    )
+
+    def chunk_images(self, position: Position) -> int:
+        """Images per chunk: the power of two that comes closest to 4 MiB from below."""
+        images = max(1, CHUNK_BYTES // (int(np.prod(position.shape)) * self._stored_as.itemsize))
+        return int(min(MAX_CHUNK_IMAGES, 1 << (images.bit_length() - 1)))
+
+    @property
+    def block_images(self) -> int:
+        """Images per call of :meth:`write` that fill whole chunks at every position."""
+        return max(self.chunk_images(position) for position in self.positions)
+
+    def write(self, split: str, index: int, start: int, x_NHWC: Tensor) -> None:
+        """Write consecutive images from ``start``, a multiple of the chunk, at one position.
+
+        Raises StoreError when the store's dtype cannot hold the values.
+        """
+        values = x_NHWC.to(self._dtype).contiguous().cpu()
+        if not bool(values.isfinite().all()):
+            raise StoreError(
+                f"{self.identity.network} has values at position {self.positions[index].name} that "
+                f"{self.identity.dtype} cannot hold: use --dtype bf16 or fp32, or look whether the network diverged"
+            )
+        if self.identity.dtype == "bf16":
+            values = values.view(torch.uint16)
+        self._arrays[f"{split}/{index}"][start : start + len(values)] = values.numpy()
+
+    def write_samples(self, split: str, labels: Tensor, ids: Tensor) -> None:
+        """Write the labels and sample ids of a whole split."""
+        self._arrays[f"{split}/labels"][:] = labels.cpu().numpy()
+        self._arrays[f"{split}/ids"][:] = ids.cpu().numpy()
+
+    def finish(self) -> None:
+        """Check that every chunk is there, flush everything to the disk, then write the manifest."""
+        files = {}
+        for path in sorted(self.path.rglob("*")):
+            sync_file(path)
+            if path.is_file():
+                files[path.relative_to(self.path).as_posix()] = [path.stat().st_size, file_checksum(path)]
+        for name, array in self._arrays.items():
+            written = sum(file.rpartition("/")[0] == name for file in files) - 1
+            expected = -(-array.shape[0] // array.chunks[0])
+            if written != expected:
+                raise FailedError(f"{self.path / name} has {written} of {expected} chunks: is the disk full?")
+        content = {
+            "format": FORMAT,
+            "identity": asdict(self.identity),
+            "hash": self.identity.hash,
+            "positions": [asdict(position) for position in self.positions],
+            "sizes": self.sizes,
+            "files": files,
+        }
+        write_json(self.path / "manifest.json", {**content, "manifest_hash": stable_hash(content)})
+
+
+_ARRAY_OPTIONS: dict[str, Any] = {
+    "filters": None,
+    "chunk_key_encoding": {"name": "v2", "separator": "."},
+}
+
+
+@contextmanager
+def writing(
+    path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+) -> Iterator[StoreWriter]:
+    """Write a store aside and put it at ``path`` by one rename when the block ends without an error.
+
+    What an earlier, killed attempt left behind is removed first. The caller holds the lock.
+    """
+    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    for leftover in (partial, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = StoreWriter(partial, identity, positions, sizes)
+    yield writer
+    writer.finish()
+    if path.exists():
+        path.rename(old)
+    partial.rename(path)
+    sync_file(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
