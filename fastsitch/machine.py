@@ -39,6 +39,8 @@ def configure(device: torch.device) -> None:
     """Make results on this device repeatable bit by bit."""
     if device.type == "cuda":
         torch.backends.cudnn.deterministic = True
+        # fp32 means fp32: TF32 would round the receiver's convolutions to 10 bits
+        torch.backends.cudnn.allow_tf32 = False
         torch.backends.cudnn.benchmark = False
 
 

@@ -20,7 +20,8 @@ from fastsitch.kernels.tiles import MOST_REGISTERS, TileConfig
 
 def interpreted() -> bool:
     """Whether triton runs kernels in its interpreter; the variable counts only if set before triton's import."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    # the values that triton takes for true
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:

@@ -154,7 +154,8 @@ def stitch_out(
 
     Stitch k reads ``x_SNHWC[source[k]]``; ``index_B`` (int64) picks the batch's images, None takes all N. All
     tensors share one dtype and device; each stitch's output is contiguous, the inputs may have any strides.
-    Stitches that share a sender run as one wider GEMM where they are neighbours in ``source``.
+    Stitches that share a sender run as one wider GEMM where they are neighbours in ``source``. Indices are checked on
+    the CPU only: on a GPU reading them would make the host wait, and one out of range is undefined there.
     Raises ValueError or TypeError that say what was expected and got.
     """
     checks.check_stitches(x_SNHWC, w_KFD, b_KD, source, index_B, down, up)

@@ -7,11 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import fastsitch
 from fastsitch.data import Dataset
+from fastsitch.networks import compiled
+from fastsitch.networks.compiled import compile_blocks
+from fastsitch.stitching.engine import train_group
 from fastsitch.sweep.results import Run
-from tests.conftest import cli_environment, cli_line
+from tests.conftest import cli_environment, cli_line, network
+from tests.test_engine import ORDER, RECIPE, all_cells, frozen, source_of
 
 OPTIONS = ["--recipe", "small", "--epochs", "1", "--precision", "fp32", "--device", "cpu"]
 
@@ -63,6 +68,30 @@ def test_triton_in_the_interpreter_gives_the_matrix_of_the_torch_path(root: Path
     triton_run = sweep(root, "triton", "--kernel", "triton", *options, environment={"TRITON_INTERPRET": "1"})
     assert triton_run.resolved.kernel == "triton"
     assert_same_matrix(torch_run, triton_run)
+
+
+def test_one_graph_per_block_shape_serves_every_group_and_receiver(
+    fashion: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counter = CompileCounter()
+    monkeypatch.setattr(compiled, "BACKEND", counter)
+    monkeypatch.setattr(compiled, "_cache", {})
+    sender = network("R1111").float()
+    source = source_of(sender, fashion, dtype=torch.float32)
+    with torch.no_grad():
+        for architecture, seed, cells, shapes in (
+            ("R1111", 1, 25, 4),
+            ("R1111", 1, 7, 4),
+            ("R1111", 2, 11, 4),
+            # three blocks of shapes that were not there yet: a second block in stages 2 to 4
+            ("R2222", 3, 45, 7),
+            ("R2222", 4, 13, 7),
+        ):
+            receiver = network(architecture, seed=seed).float()
+            model = compile_blocks(frozen(receiver, torch.float32))
+            train_group(model, source, all_cells(sender, receiver)[:cells], RECIPE, ORDER)
+            # forward and backward of each shape
+            assert counter.frame_count == 2 * shapes
 
 
 def test_compiled_blocks_give_the_matrix_of_eager_ones(root: Path) -> None:

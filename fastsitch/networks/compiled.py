@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fastsitch.networks.frozen import FrozenBlock, FrozenNetwork, Saved
 
+BACKEND = "inductor"
+
 _MOST_GRAPHS = 64
 """Graphs per function: block shapes times dtypes of everything that one process ever compiles."""
 
@@ -127,7 +129,7 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
         # beyond its limit dynamo would run the function uncompiled, without a word
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_GRAPHS)
         torch._dynamo.config.fail_on_recompile_limit_hit = True
-        _cache[function] = torch.compile(function, fullgraph=True, dynamic=False)
+        _cache[function] = torch.compile(function, fullgraph=True, dynamic=False, backend=BACKEND)
     return _cache[function]
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsitch.kernels import grouped_stitch, grouped_stitch_reference, ops, stitch_grad, stitch_out
+from fastsitch.kernels.launch import Launch
 
 SOURCE = (0, 0, 1)
 GEOMETRIES = ({}, {"down": 2}, {"up": 2})
@@ -147,6 +148,27 @@ WRONG: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"down": 4}, ValueError, "expected a height and width that down=4 divides, got 4 x 6"),
     ({"kernel": "cuda"}, ValueError, "kernel: expected one of auto, triton, torch, got 'cuda'"),
 )
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+@pytest.mark.parametrize("kernel", ["torch", "triton"])
+def test_the_ops_never_wait_for_a_device(
+    geometry: dict[str, int], kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bodies of the ops, which tracing does not run, on meta tensors: every read of a value is an error there."""
+    launched = []
+    monkeypatch.setattr(Launch, "run", lambda launch, device: launched.append(launch))
+    arguments = {key: on_meta(value) for key, value in make(geometry, dtype=torch.float32).items()}
+    out = torch.empty(received(arguments).shape, device="meta", dtype=arguments["x_SNHWC"].dtype)
+    x, w, b = (arguments[name] for name in ("x_SNHWC", "w_KFD", "b_KD"))
+    where = (arguments["source"], arguments.get("index_B"), geometry.get("down", 1), geometry.get("up", 1), kernel)
+    ops._stitch_out._init_fn(x, w, b, out, *where)
+    ops._stitch_grad._init_fn(x, out, torch.empty_like(w), torch.empty_like(b), *where)
+    assert len(launched) >= 2 * (kernel == "triton")
+
+
+def on_meta(value: Any) -> Any:
+    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG)

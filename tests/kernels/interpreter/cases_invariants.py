@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsitch.kernels import grouped_stitch, stitch_grad, stitch_out
+from fastsitch.kernels import grouped_stitch, plan, stitch_grad, stitch_out, tiles
+from fastsitch.kernels.shapes import stitch_shape
+from fastsitch.kernels.tiles import H100
 
 SHAPE = {"size": (3, 5), "channels": 20, "receiver_channels": 12, "gather": True, "dtype": torch.bfloat16}
 GEOMETRIES = ({}, {"down": 2}, {"up": 2})
@@ -161,3 +163,52 @@ def test_an_index_out_of_range_is_refused(problem: Any) -> None:
     p = problem(source=SOURCE, **SHAPE)
     with pytest.raises(ValueError, match=r"expected indices in \[0, 5\), got values from -1 to"):
         forward(replace(p, index=torch.tensor([-1, 2])))
+
+
+@each_geometry
+@pytest.mark.usefixtures("small_tiles")
+def test_row_tiles_walked_in_groups_reach_every_row(
+    problem: Any, geometry: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With an L2 of a few tiles the row tiles come in several groups, the last one smaller than the others."""
+    p = problem(source=SOURCE, **{**SHAPE, "size": (7, 9), "images": 3, "integers": True}, **geometry)
+    whole = forward(p)
+    features = p.w.shape[1]
+    # one group holds two row tiles of 32 rows
+    monkeypatch.setattr(plan, "L2_SHARE", 2.5 * 32 * features * 2 / H100.l2_bytes)
+    shape = stitch_shape(p.x, p.b.shape[1], p.source, p.index, **{"down": 1, "up": 1, **p.geometry})
+    cut = plan.cut_forward(shape, tiles.CONFIGS[tiles.FORWARD][0], H100)
+    assert cut.group_m < cut.row_tiles
+    grouped = forward(p)
+    assert torch.equal(grouped, whole)
+    assert torch.equal(grouped.double(), p.y64)
+
+
+def far_apart(t: Tensor, stride: int) -> Tensor:
+    """A copy whose second dimension is ``stride`` elements apart; memory in between is never touched."""
+    room = torch.empty(stride * (t.shape[1] - 1) + t[:, 0].numel(), dtype=t.dtype)
+    inner = t[0, 0].numel()
+    strides = (inner, stride, *torch.empty(t.shape[2:]).stride())
+    copy = room.as_strided(t.shape, strides)
+    assert t.shape[0] * inner < stride
+    copy.copy_(t)
+    return copy
+
+
+@pytest.mark.usefixtures("small_tiles", "split_rows")
+def test_addresses_beyond_32_bits(problem: Any) -> None:
+    """Images of the sender, stitches of the batch and images of the gradient lie 2^31 elements from the first."""
+    shape = {"size": (2, 2), "channels": 16, "receiver_channels": 16, "images": 2, "dtype": torch.bfloat16}
+    p = problem(source=(0, 1), gather=True, integers=True, seed=1, **shape)
+    assert p.index is not None
+    assert p.index.max() == 4
+    # the fifth image begins beyond 2^31
+    p = replace(p, x=far_apart(p.x, 2**29 + 64))
+    room = torch.empty(2**31 + p.g.numel(), dtype=p.g.dtype)
+    out = room.as_strided(p.g.shape, (2**31, *p.g.stride()[1:]))
+    stitch_out(*p.inputs, out, p.source, p.index, **p.geometry, kernel="triton")
+    assert torch.equal(out.double(), p.y64)
+    p = replace(p, g=far_apart(p.g, 2**31))
+    dw, db = backward(p)
+    assert torch.equal(dw.double(), p.dw64)
+    assert torch.equal(db.double(), p.db64)
