@@ -20,10 +20,12 @@ def show_estimate(estimate: SweepEstimate) -> None:
         f"{data.height}x{data.width}{guess}"
     )
     recipe = estimate.config.recipe
-    typer.echo(
-        f"recipe {recipe.name}: {recipe.epochs} epochs, batch {recipe.batch_size}, peak learning rate {recipe.lr}; "
-        f"groups of up to {estimate.group_size} cells, {estimate.precision} on {estimate.device}"
-    )
+    how = f"recipe {recipe.name}: {recipe.epochs} epochs, batch {recipe.batch_size}, peak learning rate {recipe.lr}"
+    if estimate.config.loss == "match":
+        how = "matched stitches, exact, without training"
+    elif estimate.config.init == "matched":
+        how += ", from the matched stitches"
+    typer.echo(f"{how}; groups of up to {estimate.group_size} cells, {estimate.precision} on {estimate.device}")
     typer.echo("")
     typer.echo(
         table(

@@ -139,6 +139,9 @@ def sweep(
     compile_blocks: Annotated[
         str, typer.Option("--compile", help="auto (on with CUDA), on or off: torch.compile of the receiver.")
     ] = "auto",
+    loss: Annotated[str, typer.Option(help="task, or match: least squares to what the receiver expects.")] = "task",
+    solver: Annotated[str, typer.Option(help="exact: matched stitches without training.")] = "exact",
+    init: Annotated[str, typer.Option(help="default, or matched: training starts at the matched stitch.")] = "default",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     root: RootOption = None,
     dataset: DatasetOption = None,
@@ -161,6 +164,9 @@ def sweep(
         "precision": precision,
         "kernel": kernel,
         "compile": compile_blocks,
+        "loss": loss,
+        "solver": solver,
+        "init": init,
     }
     config = fastsitch.configure_sweep(*pairs, dataset=dataset, root=root, **options)
     name = checked_run_name(config.default_run_name if run is None else run)

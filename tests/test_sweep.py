@@ -320,7 +320,11 @@ def test_default_recipes_and_names() -> None:
         ({"recipe": "large"}, "--recipe large: expected one of paper, small, published-schedule"),
         ({"precision": "int8"}, "--precision int8"),
         ({"kernel": "magic"}, "--kernel magic"),
-        ({"loss": "match"}, "--loss match"),
+        ({"loss": "mse"}, "--loss mse: expected one of task, match"),
+        ({"solver": "sgd"}, "--solver sgd: matching by training belongs to a later version; use --solver exact"),
+        ({"solver": "lbfgs"}, "--solver lbfgs: expected exact"),
+        ({"init": "zero"}, "--init zero: expected one of default, matched"),
+        ({"loss": "match", "init": "matched"}, "--init matched: only vanilla stitches start from it"),
     ],
 )
 def test_configurations_that_cannot_work(changes: dict[str, object], message: str) -> None:

@@ -15,14 +15,22 @@ _READ_IMAGES = 1024
 
 
 class ResidentSplit:
-    """One split: labels (N,) int64 and, per shape, the sender positions of that shape as one (S, N, H, W, C)."""
+    """One split: labels (N,) int64 and, per shape, the sender positions of that shape as one (S, N, H, W, C).
 
-    def __init__(self, stacks: dict[Shape, Tensor], labels: Tensor) -> None:
+    ``ids`` (N,) int64 say which images these are; 0, 1, ... when left out.
+    """
+
+    def __init__(self, stacks: dict[Shape, Tensor], labels: Tensor, ids: Tensor | None = None) -> None:
         self._stacks = stacks
         self.labels = labels
+        self.ids = torch.arange(len(labels), device=labels.device) if ids is None else ids
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def stack(self, shape: Shape) -> Tensor:
+        """All positions of one shape, in their order, as (S, N, H, W, C)."""
+        return self._stacks[shape]
 
     def batch(self, index: Tensor) -> Batch:
         """The images ``index`` (int64, on the same device)."""
@@ -53,7 +61,11 @@ class ResidentSource:
                 f"{available / 1e9:.1f} GB are free: use a narrower network, fewer images or a larger machine"
             )
         splits = {
-            split: ResidentSplit(_read_stacks(store, split, shapes, dtype, device), store.labels(split).to(device))
+            split: ResidentSplit(
+                _read_stacks(store, split, shapes, dtype, device),
+                store.labels(split).to(device),
+                store.ids(split).to(device),
+            )
             for split in store.sizes
         }
         return cls(shapes, splits["train"], splits["test"])

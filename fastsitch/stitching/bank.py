@@ -83,6 +83,17 @@ class StitchBank:
         self.cells = [cell for _, _, group in layout for cell in group]
         self.counts = [sum(cell.j == j for cell in cells) for j in range(len(receiver))]
 
+    def load(self, stitches: Mapping[Cell, tuple[Tensor, Tensor]]) -> None:
+        """Put weight (F, D) and bias (D,) of every cell in ``stitches`` in place of its initial ones."""
+        for stacks in self.stacks.values():
+            for stack in stacks:
+                for k, cell in enumerate(stack.cells):
+                    if cell in stitches:
+                        weight_FD, bias_D = stitches[cell]
+                        stack.master_weight_KFD[k].copy_(weight_FD)
+                        stack.master_bias_KD[k].copy_(bias_D)
+        self.refresh()
+
     def refresh(self) -> None:
         """Bring the compute copy up to date with the masters."""
         if self._compute is not self.parameters:

@@ -1,6 +1,6 @@
 """Train and evaluate all cells of a group as one batch."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade, cross_entropy
 from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.schedule import stitch_schedule
 
 DONE, DIVERGED = 1, 2
@@ -41,6 +42,8 @@ class CellResult:
     status: int
     weight_FD: Tensor
     bias_D: Tensor
+    matched_error: float = float("nan")
+    """Mean squared error of the cell's matched stitch over the training images, where that was computed."""
 
 
 @dataclass(frozen=True)
@@ -60,16 +63,44 @@ def train_group(
     order: ImageOrder,
     *,
     kernel: str = "torch",
+    init: Mapping[Cell, Matched] | None = None,
     report: Callable[[StepReport], None] | None = None,
 ) -> dict[Cell, CellResult]:
     """Train ``cells`` together, then evaluate them on the whole test set.
 
     All cells share the receiver, the sender (``source``) and the order of images. Results do not depend on which
     other cells are in the group. The receiver's dtype is the compute dtype, ``kernel`` the implementation of the
-    stitch operator (``torch`` or ``triton``). Raises ConfigError when there are fewer
-    training images than one batch.
+    stitch operator (``torch`` or ``triton``). Cells in ``init`` start from their matched stitch instead of a random
+    one. Raises ConfigError when there are fewer training images than one batch.
     """
-    bank = StitchBank(
+    bank = _bank(receiver, source, cells, kernel)
+    if init is not None:
+        _load(bank, init)
+    train_loss = _train(receiver, source.train, bank, recipe, order, report)
+    # twice the training batch without what training keeps for gradients: never the larger of the two in memory
+    return _results(receiver, source, bank, train_loss, init or {}, 2 * recipe.batch_size)
+
+
+def evaluate_matched(
+    receiver: FrozenNetwork,
+    source: ResidentSource,
+    matched: Mapping[Cell, Matched],
+    *,
+    images: int,
+    kernel: str = "torch",
+) -> dict[Cell, CellResult]:
+    """Accuracy and loss of matched stitches on the whole test set, ``images`` at a time.
+
+    ``train_loss`` is their matched error.
+    """
+    bank = _bank(receiver, source, list(matched), kernel)
+    _load(bank, matched)
+    errors = torch.tensor([matched[cell].error for cell in bank.cells], dtype=torch.float64, device=receiver.device)
+    return _results(receiver, source, bank, errors, matched, images)
+
+
+def _bank(receiver: FrozenNetwork, source: ResidentSource, cells: Sequence[Cell], kernel: str) -> StitchBank:
+    return StitchBank(
         cells,
         source.shapes,
         [position.shape for position in receiver.positions],
@@ -77,9 +108,22 @@ def train_group(
         device=receiver.device,
         kernel=kernel,
     )
-    train_loss = _train(receiver, source.train, bank, recipe, order, report)
-    # twice the training batch without what training keeps for gradients: never the larger of the two in memory
-    accuracy, loss = evaluate(receiver, source.test, bank, images=2 * recipe.batch_size)
+
+
+def _load(bank: StitchBank, matched: Mapping[Cell, Matched]) -> None:
+    bank.load({cell: (stitch.weight_FD, stitch.bias_D) for cell, stitch in matched.items()})
+
+
+def _results(
+    receiver: FrozenNetwork,
+    source: ResidentSource,
+    bank: StitchBank,
+    train_loss: Tensor,
+    matched: Mapping[Cell, Matched],
+    images: int,
+) -> dict[Cell, CellResult]:
+    """Evaluate the bank's stitches on the whole test set, so many images at a time."""
+    accuracy, loss = evaluate(receiver, source.test, bank, images=images)
     finite = (bank.finite() & loss.isfinite() & train_loss.isfinite()).tolist()
     stitches = bank.stitches()
     return {
@@ -89,6 +133,7 @@ def train_group(
             train_loss[k].item(),
             DONE if finite[k] else DIVERGED,
             *stitches[cell],
+            matched[cell].error if cell in matched else float("nan"),
         )
         for k, cell in enumerate(bank.cells)
     }

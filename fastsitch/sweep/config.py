@@ -17,6 +17,12 @@ from fastsitch.stitching.engine import TrainingRecipe
 SETTINGS = ("T2T", "T2R", "R2T", "R2R")
 """Trained (T) or randomly initialised (R) sender, then receiver."""
 
+LOSSES = ("task", "match")
+"""The task's cross-entropy (vanilla stitches), or the squared error to the expected representation (matched ones)."""
+
+INITS = ("default", "matched")
+"""A PyTorch convolution's own initialisation, or the matched stitch."""
+
 STITCH_RECIPES = {
     "paper": TrainingRecipe(name="paper", epochs=4, batch_size=256, lr=0.01, momentum=0.9, weight_decay=0.01),
     "small": TrainingRecipe(name="small", epochs=2, batch_size=64, lr=0.01, momentum=0.9, weight_decay=0.01),
@@ -37,6 +43,10 @@ class SweepConfig:
     receivers: tuple[str, ...]
     settings: tuple[str, ...] = ("T2T",)
     loss: str = "task"
+    solver: str = "exact"
+    """How matched stitches are found; ``exact`` from sufficient statistics, without training."""
+    init: str = "default"
+    """Where vanilla stitches start."""
     seeds: tuple[int, ...] = (0,)
     recipe: TrainingRecipe = field(default_factory=lambda: STITCH_RECIPES["paper"])
     group_size: str = "auto"
@@ -60,8 +70,16 @@ class SweepConfig:
                         f"--{role} {name}: controls come from --settings R2T, T2R or R2R; name the trained network"
                     )
         _expect("--settings", self.settings, SETTINGS)
-        if self.loss != "task":
-            raise ConfigError(f"--loss {self.loss}: expected task")
+        if self.loss not in LOSSES:
+            raise ConfigError(f"--loss {self.loss}: expected one of {', '.join(LOSSES)}")
+        if self.solver == "sgd":
+            raise ConfigError("--solver sgd: matching by training belongs to a later version; use --solver exact")
+        if self.solver != "exact":
+            raise ConfigError(f"--solver {self.solver}: expected exact")
+        if self.init not in INITS:
+            raise ConfigError(f"--init {self.init}: expected one of {', '.join(INITS)}")
+        if self.loss == "match" and self.init == "matched":
+            raise ConfigError("--init matched: only vanilla stitches start from it; leave it out with --loss match")
         if not self.seeds or any(seed < 0 for seed in self.seeds):
             raise ConfigError(f"--seeds {','.join(map(str, self.seeds)) or '(none)'}: expected numbers from 0")
         recipe = self.recipe
@@ -94,6 +112,11 @@ class SweepConfig:
     @property
     def hash(self) -> str:
         return stable_hash(self.to_dict())
+
+    @property
+    def matches(self) -> bool:
+        """Whether matched stitches are computed, as results or as a start."""
+        return self.loss == "match" or self.init == "matched"
 
     @property
     def default_run_name(self) -> str:

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -43,6 +44,8 @@ class UnitEstimate:
     parameters: int
     groups: int
     flops: float
+    exact_flops: float
+    """Of matching, in fp64; what several units share is counted in the first."""
 
     @property
     def cells(self) -> int:
@@ -105,7 +108,9 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         group_size = automatic_group_size(pairs, config.recipe.batch_size, dtype.itemsize, budget)
     else:
         group_size = int(config.group_size)
-    estimates, step_memory = [], 0
+    estimates: list[UnitEstimate] = []
+    step_memory = 0
+    counted: set[tuple[NetworkName, ...]] = set()
     for planned in units:
         sender, receiver = shapes[planned.sender], shapes[planned.receiver]
         groups = split_groups(unit_cells(planned.unit, len(sender), len(receiver)), group_size)
@@ -114,8 +119,15 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
             step_memory,
             *(group_memory(own, receiver, config.recipe.batch_size, dtype.itemsize) for own in counts),
         )
-        estimates.append(_unit(planned, sender, receiver, len(groups), config, data))
-    missing = {planned.sender for planned in units if not root.store(config.dataset, planned.sender).exists()}
+        exact = 0.0
+        if config.matches:
+            shared = [(planned.sender,), (planned.sender, planned.receiver)]
+            parts = zip(shared, _matching_flops(sender, receiver, data.train), strict=True)
+            exact = sum(flops for key, flops in parts if key not in counted)
+            counted.update(shared)
+        estimates.append(_unit(planned, sender, receiver, len(groups), config, data, exact))
+    needed = {planned.sender for planned in units} | {planned.receiver for planned in units if config.matches}
+    missing = {name for name in needed if not root.store(config.dataset, name).exists()}
     stores = sum(_elements(shapes[name]) * (data.train + data.test) * 2 for name in missing)
     return SweepEstimate(
         config=config,
@@ -129,7 +141,8 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         memory=resident + step_memory,
         available=available_memory(torch_device),
         disk=stores + 4 * sum(unit.parameters for unit in estimates),
-        seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD,
+        seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD
+        + (sum(unit.exact_flops for unit in estimates) / product_rate(torch_device) if config.matches else 0.0),
     )
 
 
@@ -140,11 +153,13 @@ def _unit(
     groups: int,
     config: SweepConfig,
     data: DatasetSize,
+    exact_flops: float,
 ) -> UnitEstimate:
     kinds: Counter[str] = Counter()
     parameters, flops = 0, 0.0
     blocks = _block_flops(BLOCKS[planned.receiver.architecture], receiver)
     epoch_images = data.train // config.recipe.batch_size * config.recipe.batch_size
+    trained = config.recipe.epochs * epoch_images if config.loss == "task" else 0
     for j, target in enumerate(receiver):
         behind = sum(blocks[j:])
         for origin in sender:
@@ -153,8 +168,21 @@ def _unit(
             parameters += geometry.parameters
             stitch = 2 * geometry.rows * geometry.features * target[0]
             # forward and activation gradient of the receiver; forward and weight gradient of the stitch
-            flops += (config.recipe.epochs * epoch_images * 2 + data.test) * (behind + stitch)
-    return UnitEstimate(planned, dict(kinds), parameters, groups, flops)
+            flops += (trained * 2 + data.test) * (behind + stitch)
+    return UnitEstimate(planned, dict(kinds), parameters, groups, flops, exact_flops)
+
+
+def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int) -> tuple[float, float]:
+    """FLOPs of the sender's own statistics, half of them saved by symmetry, and of those of the pair."""
+    own: dict[tuple[int, int], float] = {}
+    pair = 0.0
+    for i, origin in enumerate(sender):
+        for target in receiver:
+            geometry = Geometry.between(origin, target)
+            rows = float(images * geometry.rows)
+            own[i, geometry.down] = rows * geometry.features**2
+            pair += 2 * rows * geometry.features * target[0]
+    return sum(own.values()), pair
 
 
 def _block_flops(blocks: tuple[int, ...], shapes: list[Shape]) -> list[float]:
@@ -187,12 +215,23 @@ def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:
     images = 1024 if device.type == "cuda" else 64
     x = torch.randn(images, 64, 32, 32, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
     w = torch.randn(64, 64, 3, 3, device=device).to(dtype).contiguous(memory_format=torch.channels_last)
+    return 2.0 * images * 32 * 32 * 64 * 64 * 9 / _median_seconds(lambda: F.conv2d(x, w, padding=1), device)
+
+
+def product_rate(device: torch.device) -> float:
+    """FLOP/s of X'X in fp64 for X of 1024 x 256, measured now; the median of 5."""
+    a = torch.randn(1024, 256, dtype=torch.float64, device=device)
+    return 2.0 * 1024 * 256 * 256 / _median_seconds(lambda: a.T @ a, device)
+
+
+def _median_seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Of 5 calls, after one that warms up."""
     times = []
     with torch.no_grad():
         for _ in range(6):
             start = time.perf_counter()
-            F.conv2d(x, w, padding=1)
+            work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             times.append(time.perf_counter() - start)
-    return 2.0 * images * 32 * 32 * 64 * 64 * 9 / sorted(times[1:])[2]
+    return sorted(times[1:])[2]

@@ -11,6 +11,7 @@ import torch
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.precompute import ensure_store, open_fitting, store_identity
 from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.store import ActivationStore
 from fastsitch.advice import command
 from fastsitch.data import Dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError, RunError
@@ -31,9 +32,11 @@ from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import evaluate_network
 from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.engine import CellResult, StepReport, train_group
+from fastsitch.stitching.engine import CellResult, StepReport, evaluate_matched, train_group
 from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.matching import Matched
 from fastsitch.sweep.config import SweepConfig, checked_run_name
+from fastsitch.sweep.matched import MatchedStitches
 from fastsitch.sweep.plan import PlannedUnit, automatic_group_size, plan_units, split_groups, unit_cells
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
 
@@ -75,7 +78,7 @@ def run_sweep(
     torch_device = resolve_device(device)
     configure(torch_device)
     dataset = load_dataset(config.dataset, root.data_dir)
-    if len(dataset.train) < config.recipe.batch_size:
+    if config.loss == "task" and len(dataset.train) < config.recipe.batch_size:
         raise ConfigError(
             f"{len(dataset.train)} training images are fewer than one batch of {config.recipe.batch_size} images: "
             f"use --batch-size {len(dataset.train)} or less"
@@ -127,48 +130,69 @@ class _Execution:
         if done:
             log.info("%d of %d units are done already", done, len(self.run.units))
         for sender, group in groupby(self.missing, key=lambda planned: planned.sender):
-            source, store_hash = self._load(sender)
+            store = self._store(sender)
+            self._require_same_store("store_hash", store, [p for p in self.run.units if p.sender == sender])
+            source = ResidentSource.load(store, dtype=self.dtype, device=self.device)
+            stitches = MatchedStitches(source, dtype=self.dtype, device=self.device)
             for planned in group:
-                results = self._train(planned, source)
-                self.run.save(planned.unit, results, store_hash)
+                if self.run.config.matches:
+                    wanted = self._expected(planned, store)
+                    matched = stitches.of(planned, wanted, lambda part, p=planned: self._tell(part, p))  # type: ignore[misc]
+                    results = self._train(planned, source, matched)
+                    self.run.save(planned.unit, results, store.identity.hash, wanted.identity.hash)
+                else:
+                    results = self._train(planned, source, None)
+                    self.run.save(planned.unit, results, store.identity.hash)
                 self.finished += len(results)
                 self._tell(0.0, planned)
 
-    def _load(self, sender: NetworkName) -> tuple[ResidentSource, str]:
-        """The sender's representations, from its store; the store is made when it is missing."""
-        path = self.root.store(self.run.config.dataset, sender)
+    def _store(self, name: NetworkName) -> ActivationStore:
+        """A network's store, made when it is missing."""
+        path = self.root.store(self.run.config.dataset, name)
         if not path.exists():
-            log.info("%s has no activation store yet: making %s", sender, path)
-        store, _ = ensure_store(path, self.dataset, self.networks.load(sender), device=self.device, content_only=True)
-        for planned in self.run.units:
-            if planned.sender == sender and planned not in self.missing:
-                used = str(self.run.read(planned.unit)["store_hash"])
-                if used != store.identity.hash:
-                    raise RunError(
-                        f"unit {planned.unit.name} of run {self.run.name!r} was trained on another store than "
-                        f"{path} ({store.identity.dtype}, computed in {store.identity.compute}): "
-                        "make the store as it was, or use another --run name"
-                    )
-        return ResidentSource.load(store, dtype=self.dtype, device=self.device), store.identity.hash
+            log.info("%s has no activation store yet: making %s", name, path)
+        return ensure_store(path, self.dataset, self.networks.load(name), device=self.device, content_only=True)[0]
 
-    def _train(self, planned: PlannedUnit, source: ResidentSource) -> dict[Cell, CellResult]:
-        receiver = self.networks.frozen(planned.receiver, self.run.resolved)
+    def _expected(self, planned: PlannedUnit, sender: ActivationStore) -> ActivationStore:
+        """The store with the receiver's own representations."""
+        store = sender if planned.receiver == planned.sender else self._store(planned.receiver)
+        same = [p for p in self.run.units if p.receiver == planned.receiver]
+        self._require_same_store("receiver_store_hash", store, same)
+        return store
+
+    def _require_same_store(self, key: str, store: ActivationStore, units: list[PlannedUnit]) -> None:
+        """Raise RunError when one of these units is done and came from another store."""
+        for planned in units:
+            if planned not in self.missing and str(self.run.read(planned.unit)[key]) != store.identity.hash:
+                raise RunError(
+                    f"unit {planned.unit.name} of run {self.run.name!r} was trained on another store than "
+                    f"{store.path} ({store.identity.dtype}, computed in {store.identity.compute}): "
+                    "make the store as it was, or use another --run name"
+                )
+
+    def _train(
+        self, planned: PlannedUnit, source: ResidentSource, matched: dict[Cell, Matched] | None
+    ) -> dict[Cell, CellResult]:
+        """Train and evaluate a unit; with the matching loss there is nothing left to train."""
+        config, resolved = self.run.config, self.run.resolved
+        receiver = self.networks.frozen(planned.receiver, resolved)
         cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
-        order = ImageOrder(seed=planned.unit.seed, block=self.run.config.block, window=self.run.config.window)
+        order = ImageOrder(seed=planned.unit.seed, block=config.block, window=config.window)
         results: dict[Cell, CellResult] = {}
-        for group in split_groups(cells, self.run.resolved.group_size):
+        for group in split_groups(cells, resolved.group_size):
+            if config.loss == "match":
+                assert matched is not None
+                own = {cell: matched[cell] for cell in group}
+                results |= evaluate_matched(
+                    receiver, source, own, images=2 * config.recipe.batch_size, kernel=resolved.kernel
+                )
+                continue
 
             def tell(step: StepReport, before: int = len(results), size: int = len(group)) -> None:
                 self._tell(before + size * step.step / step.steps, planned)
 
             results |= train_group(
-                receiver,
-                source,
-                group,
-                self.run.config.recipe,
-                order,
-                kernel=self.run.resolved.kernel,
-                report=tell,
+                receiver, source, group, config.recipe, order, kernel=resolved.kernel, init=matched, report=tell
             )
         return results
 
@@ -244,11 +268,14 @@ def require_networks(root: Root, config: SweepConfig) -> None:
 def _check_stores(
     root: Root, config: SweepConfig, units: list[PlannedUnit], networks: "_Networks", device: torch.device
 ) -> None:
-    """Refuse a store that is stale or damaged before any work begins, not when its sender's turn comes."""
-    for sender in dict.fromkeys(planned.sender for planned in units):
-        path = root.store(config.dataset, sender)
+    """Refuse a store that is stale or damaged before any work begins, not when its network's turn comes."""
+    names = [planned.sender for planned in units]
+    if config.matches:
+        names += [planned.receiver for planned in units]
+    for name in dict.fromkeys(names):
+        path = root.store(config.dataset, name)
         if path.exists():
-            network = networks.load(sender)
+            network = networks.load(name)
             identity = store_identity(networks.dataset, network, dtype="bf16", compress="none", device=device)
             open_fitting(path, identity, content_only=True)
 

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from fastsitch.files import output_folder, write_json, write_npz
 from fastsitch.stitching.cells import Unit
-from fastsitch.sweep.results import METRICS, Run
+from fastsitch.stitching.matching import RIDGE
+from fastsitch.sweep.results import Run
 
 
 def export_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
@@ -37,7 +38,7 @@ def _arrays(run: Run, sender: str, receiver: str, setting: str) -> dict[str, NDA
         "sender_positions": np.array([name for name, _ in first.positions]),
         "receiver_positions": np.array([name for name, _ in last.positions]),
     }
-    for metric in METRICS:
+    for metric in run.metrics:
         dtype = np.int8 if metric == "status" else np.float64
         arrays[metric] = run.matrix(sender, receiver, metric, setting=setting).astype(dtype)
         if len(run.config.seeds) > 1:
@@ -56,6 +57,8 @@ def _sidecar(run: Run, sender: str, receiver: str, setting: str) -> dict[str, An
         "receiver": {"name": receiver, "trained": setting[-1] == "T", **_network(last)},
         "setting": setting,
         "loss": config.loss,
+        "init": config.init,
+        **({"matching": {"solver": config.solver, "ridge": RIDGE}} if config.matches else {}),
         "seeds": list(config.seeds),
         "recipe": asdict(config.recipe),
         "order": {"block": config.block, "window": config.window},

@@ -33,10 +33,12 @@ log = logging.getLogger(__name__)
 _FORMAT = 1
 
 METRICS = ("accuracy", "accuracy_ratio", "accuracy_drop", "loss", "train_loss", "status")
-"""What :meth:`Run.matrix` knows."""
+"""What :meth:`Run.matrix` knows of every run; see :attr:`Run.metrics`."""
 
 _RAW = ("accuracy", "loss", "train_loss", "status")
 _PROVENANCE = ("unit", "store_hash", "stitches_bytes")
+
+_MATCHED = "matched_error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,11 @@ class Run:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What :meth:`matrix` knows of this run: METRICS, and ``matched_error`` where matched stitches are computed."""
+        return (*METRICS, _MATCHED) if self.config.matches else METRICS
 
     @classmethod
     def create(
@@ -169,15 +176,24 @@ class Run:
         """Whether a unit's results are saved."""
         return self._file(unit).is_file()
 
-    def save(self, unit: Unit, results: Mapping[Cell, CellResult], store_hash: str) -> None:
-        """Save a unit: stitches first, then the matrices, whose presence says that the unit is done."""
+    def save(
+        self,
+        unit: Unit,
+        results: Mapping[Cell, CellResult],
+        store_hash: str,
+        receiver_store_hash: str | None = None,
+    ) -> None:
+        """Save a unit: stitches first, then the matrices, whose presence says that the unit is done.
+
+        The receiver's store counts where matched stitches were computed from it.
+        """
         shape = (max(cell.i for cell in results) + 1, max(cell.j for cell in results) + 1)
         assert len(results) == shape[0] * shape[1]
-        arrays: dict[str, NDArray[Any]] = {name: np.full(shape, np.nan) for name in _RAW[:-1]}
+        arrays: dict[str, NDArray[Any]] = {name: np.full(shape, np.nan) for name in self._raw}
         arrays["status"] = np.zeros(shape, np.int8)
         weights: dict[str, Tensor] = {}
         for cell, result in results.items():
-            for name in _RAW:
+            for name in self._raw:
                 arrays[name][cell.i, cell.j] = getattr(result, name)
             weights[f"{cell.i}-{cell.j}.weight"] = result.weight_FD.to(torch.float32).contiguous()
             weights[f"{cell.i}-{cell.j}.bias"] = result.bias_D.to(torch.float32).contiguous()
@@ -188,13 +204,16 @@ class Run:
             "store_hash": np.array(store_hash),
             "stitches_bytes": np.array(len(stitches)),
         }
+        if receiver_store_hash is not None:
+            provenance["receiver_store_hash"] = np.array(receiver_store_hash)
         write_npz(self._file(unit), {**provenance, **arrays})
 
     def read(self, unit: Unit) -> dict[str, NDArray[Any]]:
         """The raw matrices of a finished unit; raises RunError when the file is damaged."""
         try:
             with self._file(unit).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in (*_RAW, *_PROVENANCE)}
+                names = [*self._raw, *_PROVENANCE, *(["receiver_store_hash"] if self.config.matches else [])]
+                arrays = {name: file[name] for name in names}
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise RunError(f"{self._file(unit)} is damaged ({error}): sweep again to replace it") from None
         if str(arrays["unit"]) != unit.name:
@@ -247,13 +266,14 @@ class Run:
     def matrix_by_seed(self, sender: str, receiver: str, metric: str, *, setting: str = "T2T") -> NDArray[Any]:
         """A metric of all cells, (seeds, sender positions, receiver positions); NaN where a cell is not done.
 
-        Metrics are listed in METRICS; ``accuracy_ratio`` and ``accuracy_drop`` refer to the receiver's own accuracy.
+        Metrics are listed in :attr:`metrics`; ``accuracy_ratio`` and ``accuracy_drop`` refer to the receiver's own
+        accuracy.
         """
-        if metric not in METRICS:
-            raise RunError(f"unknown metric {metric!r}: expected one of {', '.join(METRICS)}")
+        if metric not in self.metrics:
+            raise RunError(f"unknown metric {metric!r}: expected one of {', '.join(self.metrics)}")
         first, last = self.pair_networks(sender, receiver, setting)
         sender, receiver = _canonical(sender), _canonical(receiver)
-        raw = metric if metric in _RAW else "accuracy"
+        raw = metric if metric in self._raw else "accuracy"
         missing = 0 if metric == "status" else np.nan
         matrices = []
         for seed in self.config.seeds:
@@ -289,6 +309,11 @@ class Run:
         if metric == "status":
             return np.asarray(np.where((by_seed == 0).any(0), 0, by_seed.max(0)))
         return np.asarray(by_seed.mean(0))
+
+    @property
+    def _raw(self) -> tuple[str, ...]:
+        """The matrices in a unit's file."""
+        return (*_RAW, _MATCHED) if self.config.matches else _RAW
 
     def _file(self, unit: Unit, suffix: str = ".npz") -> Path:
         return self.path / "units" / (unit.name + suffix)

@@ -1,0 +1,55 @@
+"""The matched stitches of a sender, one receiver at a time, shared by all seeds."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+
+import torch
+
+from fastsitch.activations.ordered import ResidentSplitInOrder, StoredSplitInOrder
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.store import ActivationStore
+from fastsitch.networks.names import NetworkName
+from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.matching import RIDGE, Matched, match
+from fastsitch.stitching.moments import SenderMoments, pair_moments
+from fastsitch.sweep.plan import PlannedUnit
+
+log = logging.getLogger(__name__)
+
+
+class MatchedStitches:
+    """Matches one sender to receivers; what concerns the sender alone is computed for the first of them."""
+
+    def __init__(self, source: ResidentSource, *, dtype: torch.dtype, device: torch.device) -> None:
+        self._moments = SenderMoments(ResidentSplitInOrder(source))
+        self._dtype = dtype
+        self._device = device
+        self._receiver: NetworkName | None = None
+        self._matched: dict[tuple[int, int], Matched] = {}
+
+    def of(
+        self, planned: PlannedUnit, expected: ActivationStore, report: Callable[[float], None] | None = None
+    ) -> dict[Cell, Matched]:
+        """The matched stitch of every cell of a unit; ``expected`` is the receiver's store.
+
+        ``report`` is told the cells done so far, which are fractions of one until all are done.
+        """
+        if planned.receiver != self._receiver:
+            wanted = StoredSplitInOrder(expected, dtype=self._dtype, device=self._device)
+
+            def tell(done: int, total: int) -> None:
+                if report is not None:
+                    report(done / total)
+
+            self._matched = match(pair_moments(self._moments, wanted, tell))
+            self._receiver = planned.receiver
+            methods = Counter(stitch.method for stitch in self._matched.values())
+            log.info(
+                "%s matched to %s: ridge %.0e, %s",
+                planned.sender,
+                planned.receiver,
+                RIDGE,
+                ", ".join(f"{count} by {method}" for method, count in methods.items()),
+            )
+        return {Cell(planned.unit, i, j): stitch for (i, j), stitch in self._matched.items()}
