@@ -32,7 +32,7 @@ ASSUMED_WIDTH = 64
 """Width of a network that is not trained yet: that of the published study."""
 
 _STEP_OVERHEAD = 1.4
-"""Time of a training step over that of its bare convolutions (measured on a CPU, see bench/README.md)."""
+"""Time of a training step over that of its convolutions: a round figure above the 1 / 0.75 of a profile on a CPU."""
 
 
 @dataclass(frozen=True)
