@@ -1,7 +1,10 @@
 """The entry point: all commands, and one place where errors become lines and exit codes."""
 
+import signal
 import sys
 import traceback
+from types import FrameType
+from typing import NoReturn
 
 import typer
 
@@ -37,6 +40,8 @@ def options(
 def main() -> None:
     """Run the command line; ends with 0 done, 1 failed while running, 2 bad usage or input."""
     console.show_log()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     sys.exit(_run())
 
 
@@ -59,6 +64,14 @@ def _run() -> int:
     except Exception as error:
         # a bug or a failing machine: one line, unless the traceback is wanted
         return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+class _Interrupt(KeyboardInterrupt):
+    """Ctrl-C. Python ends with its own exit code after a plain KeyboardInterrupt inside ``exec``, caught or not."""
+
+
+def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise _Interrupt
 
 
 def _interrupted() -> int:

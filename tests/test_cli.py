@@ -4,6 +4,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -258,6 +259,19 @@ def test_an_interrupted_sweep_ends_with_1_and_says_so(fashion: Dataset, tmp_path
     assert process.returncode == 1
     assert errors.endswith("fastsitch: interrupted; what is finished is kept, the same command does the rest\n")
     assert "Traceback" not in errors
+
+
+def test_an_interrupt_inside_exec_ends_with_1(tmp_path: Path) -> None:
+    """Imports run ``exec`` (dataclasses, named tuples), and Python remembers a KeyboardInterrupt that passes it."""
+    (tmp_path / "interrupted.py").write_text(
+        "from fastsitch.cli import main\n"
+        "main.app = lambda **_: exec('import os, signal; os.kill(os.getpid(), signal.SIGINT); [i for i in range(9)]')\n"
+        "main.main()\n"
+    )
+    line = [sys.executable, "-m", "interrupted"]
+    ended = subprocess.run(line, cwd=tmp_path, env=cli_environment(), capture_output=True, text=True)
+    assert ended.returncode == 1
+    assert ended.stderr == "fastsitch: interrupted; what is finished is kept, the same command does the rest\n"
 
 
 def test_texts() -> None:
