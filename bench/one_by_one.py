@@ -148,7 +148,7 @@ def main() -> None:
     @torch.no_grad()
     def run_batched() -> None:
         for index in few:
-            train_step(cascade, bank, source.train, index, optimizer)
+            train_step(cascade, bank, source.train.batch(index), optimizer)
 
     def run_alone() -> None:
         for plain in plains:

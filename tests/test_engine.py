@@ -359,7 +359,7 @@ def test_a_step_runs_without_hardware_and_without_synchronising(kernel: str) -> 
     cascade = Cascade(model, bank.counts, 8)
     optimizer = torch.optim.SGD([bank.parameters], lr=0.01, momentum=0.9, weight_decay=0.01)
     index = torch.empty(8, dtype=torch.int64, device=meta)
-    loss = train_step(cascade, bank, source.train, index, optimizer)
+    loss = train_step(cascade, bank, source.train.batch(index), optimizer)
     assert loss.shape == (35,)
     assert loss.device == meta
 

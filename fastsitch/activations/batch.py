@@ -10,15 +10,19 @@ Shape = tuple[int, int, int]
 
 
 class Batch:
-    """The images ``index`` (int64) of resident representations.
+    """The images ``index`` (int64) of representations in device memory, and their ``labels`` (B,).
 
     ``stacks`` holds, for each shape (C, H, W), the sender positions of that shape as one tensor (S, N, H, W, C).
     """
 
-    def __init__(self, stacks: Mapping[Shape, Tensor], index: Tensor) -> None:
+    def __init__(self, stacks: Mapping[Shape, Tensor], index: Tensor, labels: Tensor) -> None:
+        self.labels = labels
         self._stacks = stacks
         self._index = index
         self._features: dict[tuple[Shape, int], Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.labels)
 
     def operand(self, shape: Shape, down: int, kernel: str) -> tuple[Tensor, Tensor | None, int]:
         """What to hand to the operator as x, index and down.

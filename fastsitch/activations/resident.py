@@ -1,11 +1,12 @@
 """A sender's representations held in device memory."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from fastsitch.activations.batch import Batch, Shape
+from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.store import ActivationStore
 from fastsitch.errors import MemoryLimitError
 from fastsitch.machine import available_memory
@@ -34,14 +35,25 @@ class ResidentSplit:
 
     def batch(self, index: Tensor) -> Batch:
         """The images ``index`` (int64, on the same device)."""
-        return Batch(self._stacks, index)
+        return Batch(self._stacks, index, self.labels.index_select(0, index))
+
+    def shuffled(self, order: ImageOrder, epoch: int, images: int) -> Iterator[Batch]:
+        """An epoch in batches of ``images``; what is left over at the end is dropped."""
+        permutation = order.epoch(epoch, len(self)).to(self.labels.device)
+        for start in range(0, len(self) - images + 1, images):
+            yield self.batch(permutation[start : start + images])
+
+    def in_order(self, images: int) -> Iterator[Batch]:
+        """All images once, in the order of the data set; the last batch may be smaller."""
+        for start in range(0, len(self), images):
+            yield self.batch(torch.arange(start, min(start + images, len(self)), device=self.labels.device))
 
 
 class ResidentSource:
     """Both splits of one sender; ``shapes`` lists the shape (C, H, W) of every position."""
 
     def __init__(self, shapes: Sequence[Shape], train: ResidentSplit, test: ResidentSplit) -> None:
-        self.shapes = list(shapes)
+        self.shapes: Sequence[Shape] = list(shapes)
         self.train = train
         self.test = test
 

@@ -1,13 +1,14 @@
 """Train and evaluate all cells of a group as one batch."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fastsitch.activations.batch import Batch
 from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.resident import ResidentSource, ResidentSplit
+from fastsitch.activations.source import Source, SourceSplit
 from fastsitch.errors import ConfigError
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.stitching.bank import StitchBank
@@ -57,7 +58,7 @@ class StepReport:
 
 def train_group(
     receiver: FrozenNetwork,
-    source: ResidentSource,
+    source: Source,
     cells: Sequence[Cell],
     recipe: TrainingRecipe,
     order: ImageOrder,
@@ -83,7 +84,7 @@ def train_group(
 
 def evaluate_matched(
     receiver: FrozenNetwork,
-    source: ResidentSource,
+    source: Source,
     matched: Mapping[Cell, Matched],
     *,
     images: int,
@@ -99,7 +100,7 @@ def evaluate_matched(
     return _results(receiver, source, bank, errors, matched, images)
 
 
-def _bank(receiver: FrozenNetwork, source: ResidentSource, cells: Sequence[Cell], kernel: str) -> StitchBank:
+def _bank(receiver: FrozenNetwork, source: Source, cells: Sequence[Cell], kernel: str) -> StitchBank:
     return StitchBank(
         cells,
         source.shapes,
@@ -116,7 +117,7 @@ def _load(bank: StitchBank, matched: Mapping[Cell, Matched]) -> None:
 
 def _results(
     receiver: FrozenNetwork,
-    source: ResidentSource,
+    source: Source,
     bank: StitchBank,
     train_loss: Tensor,
     matched: Mapping[Cell, Matched],
@@ -141,7 +142,7 @@ def _results(
 
 def _train(
     receiver: FrozenNetwork,
-    split: ResidentSplit,
+    split: SourceSplit,
     bank: StitchBank,
     recipe: TrainingRecipe,
     order: ImageOrder,
@@ -163,9 +164,9 @@ def _train(
     step = 0
     for epoch in range(recipe.epochs):
         loss_sum.zero_()
-        for index in _batches(order, epoch, len(split), recipe.batch_size, receiver.device):
+        for batch in split.shuffled(order, epoch, recipe.batch_size):
             optimizer.param_groups[0]["lr"] = schedule.rate(step)
-            loss_sum += train_step(cascade, bank, split, index, optimizer)
+            loss_sum += train_step(cascade, bank, batch, optimizer)
             step += 1
             if report is not None:
                 report(StepReport(step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
@@ -173,37 +174,24 @@ def _train(
     return loss_sum / steps_per_epoch
 
 
-def train_step(
-    cascade: Cascade, bank: StitchBank, split: ResidentSplit, index: Tensor, optimizer: torch.optim.Optimizer
-) -> Tensor:
-    """One step of all stitches on the images ``index``: forward, backward, update. Returns the losses (K,)."""
-    batch = split.batch(index)
+def train_step(cascade: Cascade, bank: StitchBank, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+    """One step of all stitches on a batch: forward, backward, update. Returns the losses (K,)."""
     bank.refresh()
     logits = cascade.forward(lambda j, out: bank.forward(j, batch, out))
-    loss, g_logits = cross_entropy(logits, split.labels.index_select(0, index))
+    loss, g_logits = cross_entropy(logits, batch.labels)
     for j, g in cascade.backward(g_logits):
         bank.backward(j, batch, g)
     optimizer.step()
     return loss
 
 
-def evaluate(receiver: FrozenNetwork, split: ResidentSplit, bank: StitchBank, *, images: int) -> tuple[Tensor, Tensor]:
+def evaluate(receiver: FrozenNetwork, split: SourceSplit, bank: StitchBank, *, images: int) -> tuple[Tensor, Tensor]:
     """Accuracy and mean loss of every cell over the whole split (K,), in fp64, so many images at a time."""
     correct = torch.zeros(len(bank.cells), dtype=torch.float64, device=receiver.device)
     loss_sum = torch.zeros_like(correct)
-    for start in range(0, len(split), images):
-        index = torch.arange(start, min(start + images, len(split)), device=receiver.device)
-        batch = split.batch(index)
-        labels = split.labels[start : start + images]
-        cascade = Cascade(receiver, bank.counts, len(index))
+    for batch in split.in_order(images):
+        cascade = Cascade(receiver, bank.counts, len(batch))
         logits = cascade.infer(lambda j, out, batch=batch: bank.forward(j, batch, out))  # type: ignore[misc]
-        correct += (logits.argmax(-1) == labels).sum(-1)
-        loss_sum += cross_entropy(logits, labels)[0].double() * len(index)
+        correct += (logits.argmax(-1) == batch.labels).sum(-1)
+        loss_sum += cross_entropy(logits, batch.labels)[0].double() * len(batch)
     return correct / len(split), loss_sum / len(split)
-
-
-def _batches(order: ImageOrder, epoch: int, images: int, batch_size: int, device: torch.device) -> Iterator[Tensor]:
-    """The indices of every full batch of an epoch; the last partial batch is dropped."""
-    permutation = order.epoch(epoch, images).to(device)
-    for start in range(0, images - batch_size + 1, batch_size):
-        yield permutation[start : start + batch_size]
