@@ -17,7 +17,7 @@ if __name__ == "kernels":
     )
 
 from fastsitch.kernels.dispatch import KERNELS, resolve_kernel
-from fastsitch.kernels.ops import grouped_stitch, stitch_grad, stitch_out
+from fastsitch.kernels.ops import grouped_stitch, stitch_functions, stitch_grad, stitch_out
 from fastsitch.kernels.reference import grouped_stitch_reference
 from fastsitch.kernels.torch_path import space_to_depth
 
@@ -27,6 +27,7 @@ __all__ = [
     "grouped_stitch_reference",
     "resolve_kernel",
     "space_to_depth",
+    "stitch_functions",
     "stitch_grad",
     "stitch_out",
 ]

@@ -5,7 +5,8 @@
 functional, with autograd.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -190,6 +191,17 @@ def stitch_grad(
     features = down * down * x_SNHWC.shape[-1]
     checks.check_gradients(dw_KFD, db_KD, x_SNHWC, (len(source), features, receiver_channels))
     _stitch_grad(x_SNHWC, g_KBPQD, dw_KFD, db_KD, source, index_B, down, up, kernel)
+
+
+def stitch_functions(kernel: str) -> tuple[Callable[..., None], Callable[..., None]]:
+    """:func:`stitch_out` and :func:`stitch_grad` for callers that use them many times a second.
+
+    With ``torch`` the functions themselves, without the checks and the registered op around them, which on a CPU cost
+    more than small stitches do.
+    """
+    if kernel == "torch":
+        return torch_path.stitch_out, torch_path.stitch_grad
+    return partial(stitch_out, kernel=kernel), partial(stitch_grad, kernel=kernel)
 
 
 def grouped_stitch(

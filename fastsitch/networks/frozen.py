@@ -1,9 +1,6 @@
 """A network that no longer learns: BatchNorm folded, weights cast once, gradients only of activations.
 
-Tensors are (B, C, H, W) in channels-last memory. Every segment offers three things:
-    infer(x, out)             write the segment's output into ``out``
-    forward(x, out)           the same, and return what ``backward`` needs beside x and out
-    backward(g, x, out, ...)  the gradient for x, given the gradient g of out
+Tensors are (B, C, H, W) in channels-last memory.
 """
 
 import copy
@@ -13,39 +10,86 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsitch.networks.blocks import FrozenBlock, MaskedBlock, Saved, replace
 from fastsitch.networks.chain import Chain, Position
+from fastsitch.networks.folded import accumulation_dtype, convolve, folded, input_gradient
+from fastsitch.networks.masks import apply_mask, pack_mask
 from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
 
-Saved = tuple[Tensor, ...]
+_POOLED_IMAGES = 256
+"""Samples per mean over the last position."""
 
 
 class FrozenSegment(Protocol):
-    """What the engine asks of a segment; see the module's docstring."""
+    """What the engine asks of a segment.
 
-    def infer(self, x: Tensor, out: Tensor) -> None: ...
-    def forward(self, x: Tensor, out: Tensor) -> Saved: ...
-    def backward(self, g: Tensor, x: Tensor, out: Tensor, saved: Saved) -> Tensor: ...
+    ``x`` and ``out`` may have room for more samples than the ``samples`` that count. Gradients take the place of the
+    activations they belong to, so that nothing beside the activations needs memory.
+    """
+
+    @property
+    def rectifies(self) -> bool:
+        """Whether ``backward`` wants the gradient of the *input* of the segment's last ReLU.
+
+        Whoever replaces the segment's output by its gradient has that output at hand, and applies the ReLU's.
+        """
+        ...
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether ``backward`` reads values of x, so that x may not be overwritten in between."""
+        ...
+
+    def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
+        """Write the output for x into ``out``."""
+        ...
+
+    def memory(self, out: Tensor) -> Saved:
+        """Room for what the gradient needs, for as many samples as ``out`` has."""
+        ...
+
+    def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
+        """The same as ``infer``; fills ``saved``."""
+        ...
+
+    def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
+        """Replace x by its gradient, given that of the output.
+
+        The first ``rectified`` samples of x are outputs of a ReLU, and the gradient of its input is wanted.
+        """
+        ...
 
 
 class FrozenHead(Protocol):
     """From the last representation to logits in the accumulation dtype, and back."""
 
     def forward(self, x: Tensor) -> Tensor: ...
-    def backward(self, g: Tensor, x: Tensor) -> Tensor: ...
+
+    def backward(self, g: Tensor, x: Tensor, rectified: int) -> None:
+        """Replace x by its gradient, as segments do."""
+        ...
 
 
 class FrozenNetwork:
     """The frozen form of a chain, in one dtype on one device.
 
     BatchNorm is folded into the convolutions in fp32 (fp64 for a chain in fp64), then cast. Networks other than the
-    small ResNets run as they are, through autograd. The chain itself is only read.
+    small ResNets run as they are, through autograd. The chain itself is only read. ``masked`` keeps bits instead of
+    activations (the default on CUDA). ``micro_batch``: buffers have room for a multiple of so many samples.
     """
 
-    def __init__(self, chain: Chain, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, chain: Chain, *, dtype: torch.dtype, device: torch.device, masked: bool | None = None) -> None:
         self.positions: tuple[Position, ...] = chain.positions
         self.dtype = dtype
         self.device = device
+        self.micro_batch = 1
+        masked = device.type == "cuda" if masked is None else masked
         self.segments: list[FrozenSegment] = [_freeze(segment, dtype, device) for segment in chain.segments]
+        if masked:
+            self.segments = [
+                MaskedBlock(segment.weights) if isinstance(segment, FrozenBlock) else segment
+                for segment in self.segments
+            ]
         self.head = _freeze_head(chain.head, dtype, device)
 
     def representations(self, x: Tensor) -> list[Tensor]:
@@ -54,7 +98,7 @@ class FrozenNetwork:
         outputs = []
         for segment, position in zip(self.segments, self.positions, strict=True):
             out = channels_last(x.shape[0], position.shape, self.dtype, self.device)
-            segment.infer(x, out)
+            segment.infer(x, out, x.shape[0])
             outputs.append(out)
             x = out
         return outputs
@@ -63,7 +107,7 @@ class FrozenNetwork:
         """Logits when ``x`` stands for the output of position ``j``."""
         for segment, position in zip(self.segments[j + 1 :], self.positions[j + 1 :], strict=True):
             out = channels_last(x.shape[0], position.shape, self.dtype, self.device)
-            segment.infer(x, out)
+            segment.infer(x, out, x.shape[0])
             x = out
         return self.head.forward(x)
 
@@ -74,100 +118,56 @@ def channels_last(images: int, shape: tuple[int, int, int], dtype: torch.dtype, 
     return torch.empty(images, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, losses and master parameters: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-class _Conv:
-    """A frozen convolution with BatchNorm folded in."""
-
-    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, dtype: torch.dtype, device: torch.device) -> None:
-        weight, self.bias_exact = fold_batchnorm(conv, bn)
-        self.weight = weight.to(device, dtype).contiguous(memory_format=torch.channels_last)
-        self.bias: Tensor | None = self.bias_exact.to(device, dtype)
-        self.stride = [conv.stride[0], conv.stride[1]]
-        self.padding = [cast(int, conv.padding[0]), cast(int, conv.padding[1])]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, self.bias, self.stride, self.padding)
-
-    def backward(self, g: Tensor, x: Tensor) -> Tensor:
-        gradient: Tensor = torch.ops.aten.convolution_backward(
-            g, x, self.weight, None, self.stride, self.padding, [1, 1], False, [0, 0], 1, [True, False, False]
-        )[0]
-        return gradient
-
-
 class _FrozenStem:
+    rectifies = False
+    keeps_input = False
+
     def __init__(self, stem: Stem, dtype: torch.dtype, device: torch.device) -> None:
-        self.conv = _Conv(stem.conv, stem.bn, dtype, device)
+        self.weight, bias = folded(stem.conv, stem.bn, dtype, device)
+        self.bias = bias.to(device, dtype)
 
-    def infer(self, x: Tensor, out: Tensor) -> None:
-        torch.clamp_min(self.conv(x), 0, out=out)
+    def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
+        torch.clamp_min(convolve(x[:samples], self.weight, self.bias, 1), 0, out=out[:samples])
 
-    def forward(self, x: Tensor, out: Tensor) -> Saved:
-        self.infer(x, out)
-        return ()
+    def memory(self, out: Tensor) -> Saved:
+        return []
 
-    def backward(self, g: Tensor, x: Tensor, out: Tensor, saved: Saved) -> Tensor:
-        return self.conv.backward(_through_relu(g, out), x)
+    def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
+        self.infer(x, out, samples)
+        saved[:] = [pack_mask(out[:samples])]
 
-
-class FrozenBlock:
-    """A basic block; the gradient needs only the outputs of its two ReLUs, which are the inputs of what follows."""
-
-    def __init__(self, block: BasicBlock, dtype: torch.dtype, device: torch.device) -> None:
-        self.conv1 = _Conv(block.conv1, block.bn1, dtype, device)
-        self.conv2 = _Conv(block.conv2, block.bn2, dtype, device)
-        self.projection: _Conv | None = None
-        if block.projection is not None:
-            conv, bn = block.projection
-            self.projection = _Conv(cast(nn.Conv2d, conv), cast(nn.BatchNorm2d, bn), dtype, device)
-            # both branches are added, so one bias serves them
-            self.conv2.bias = (self.conv2.bias_exact + self.projection.bias_exact).to(device, dtype)
-            self.projection.bias = None
-
-    def infer(self, x: Tensor, out: Tensor) -> None:
-        self.forward(x, out)
-
-    def forward(self, x: Tensor, out: Tensor) -> Saved:
-        hidden = self.conv1(x).relu_()
-        y = self.conv2(hidden)
-        y += x if self.projection is None else self.projection(x)
-        torch.clamp_min(y, 0, out=out)
-        return (hidden,)
-
-    def backward(self, g: Tensor, x: Tensor, out: Tensor, saved: Saved) -> Tensor:
-        (hidden,) = saved
-        g = _through_relu(g, out)
-        g_hidden = _through_relu(self.conv2.backward(g, hidden), hidden)
-        g_x = self.conv1.backward(g_hidden, x)
-        g_x += g if self.projection is None else self.projection.backward(g, x)
-        return g_x
+    def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
+        masked = apply_mask(g[:samples], saved[0])
+        replace(x[:samples], input_gradient(masked, x[:samples], self.weight, 1), rectified)
 
 
 class _AutogradSegment:
     """Any other segment: a frozen copy, differentiated by autograd."""
 
+    rectifies = False
+    keeps_input = True
+
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.module = _frozen_copy(module, dtype, device)
 
-    def infer(self, x: Tensor, out: Tensor) -> None:
+    def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
         with torch.no_grad():
-            out.copy_(self.module(x))
+            out[:samples].copy_(self.module(x[:samples]))
 
-    def forward(self, x: Tensor, out: Tensor) -> Saved:
+    def memory(self, out: Tensor) -> Saved:
+        return []
+
+    def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
         with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
+            leaf = x[:samples].detach().requires_grad_()
             y = self.module(leaf)
-        out.copy_(y.detach())
-        return (leaf, y)
+        out[:samples].copy_(y.detach())
+        saved[:] = [leaf, y]
 
-    def backward(self, g: Tensor, x: Tensor, out: Tensor, saved: Saved) -> Tensor:
+    def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
         leaf, y = saved
-        gradient = torch.autograd.grad(y, leaf, g)[0]
-        return gradient.contiguous(memory_format=torch.channels_last)
+        saved.clear()
+        replace(x[:samples], torch.autograd.grad(y, leaf, g[:samples])[0], rectified)
 
 
 class _FrozenClassifier:
@@ -177,12 +177,13 @@ class _FrozenClassifier:
         self.bias = head.linear.bias.detach().to(device, self.dtype, copy=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.mean((2, 3), dtype=self.dtype), self.weight, self.bias)
+        # a mean in another dtype first copies what it reads: no more than fits into the cache at a time
+        pooled = [part.mean((2, 3), dtype=self.dtype) for part in torch.split(x, _POOLED_IMAGES)]
+        return F.linear(torch.cat(pooled), self.weight, self.bias)
 
-    def backward(self, g: Tensor, x: Tensor) -> Tensor:
+    def backward(self, g: Tensor, x: Tensor, rectified: int) -> None:
         pooled = (g @ self.weight) / (x.shape[2] * x.shape[3])
-        out = torch.empty_like(x)
-        return out.copy_(pooled[:, :, None, None].expand_as(x))
+        replace(x, pooled.to(x.dtype)[:, :, None, None].expand_as(x), rectified)
 
 
 class _AutogradHead:
@@ -194,29 +195,11 @@ class _AutogradHead:
         with torch.no_grad():
             return cast(Tensor, self.module(x)).to(self.dtype)
 
-    def backward(self, g: Tensor, x: Tensor) -> Tensor:
+    def backward(self, g: Tensor, x: Tensor, rectified: int) -> None:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             logits = self.module(leaf)
-        gradient = torch.autograd.grad(logits, leaf, g.to(logits.dtype))[0]
-        return gradient.contiguous(memory_format=torch.channels_last)
-
-
-def fold_batchnorm(conv: nn.Conv2d, bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that equals ``conv`` followed by ``bn`` in eval mode, at least in fp32."""
-    dtype = accumulation_dtype(conv.weight.dtype)
-    mean, variance = cast(Tensor, bn.running_mean).to(dtype), cast(Tensor, bn.running_var).to(dtype)
-    scale = bn.weight.detach().to(dtype) * torch.rsqrt(variance + bn.eps)
-    weight = conv.weight.detach().to(dtype) * scale[:, None, None, None]
-    bias = bn.bias.detach().to(dtype) - mean * scale
-    if conv.bias is not None:
-        bias = bias + conv.bias.detach().to(dtype) * scale
-    return weight, bias
-
-
-def _through_relu(g: Tensor, output: Tensor) -> Tensor:
-    gradient: Tensor = torch.ops.aten.threshold_backward(g, output, 0)
-    return gradient
+        replace(x, torch.autograd.grad(logits, leaf, g.to(logits.dtype))[0], rectified)
 
 
 def _frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:

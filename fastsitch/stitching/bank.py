@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from fastsitch.activations.batch import Batch
 from fastsitch.identity import torch_generator
-from fastsitch.kernels import stitch_grad, stitch_out
+from fastsitch.kernels import stitch_functions
 from fastsitch.kernels.reference import gemm_weight
-from fastsitch.networks.frozen import accumulation_dtype
+from fastsitch.networks.folded import accumulation_dtype
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.geometry import Geometry, Shape
 
@@ -53,6 +53,7 @@ class StitchBank:
         kernel: str = "torch",
     ) -> None:
         self.kernel = kernel
+        self._apply, self._differentiate = stitch_functions(kernel)
         layout = _layout(cells, sender, receiver)
         sizes = [len(group) * geometry.parameters for _, geometry, group in layout]
         starts, total = [], 0
@@ -105,7 +106,7 @@ class StitchBank:
         for stack in self.stacks.get(j, ()):
             end = start + len(stack.cells)
             x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down, self.kernel)
-            stitch_out(
+            self._apply(
                 x,
                 stack.weight_KFD,
                 stack.bias_KD,
@@ -114,7 +115,6 @@ class StitchBank:
                 index,
                 down=down,
                 up=stack.geometry.up,
-                kernel=self.kernel,
             )
             start = end
 
@@ -124,7 +124,7 @@ class StitchBank:
         for stack in self.stacks.get(j, ()):
             end = start + len(stack.cells)
             x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down, self.kernel)
-            stitch_grad(
+            self._differentiate(
                 x,
                 g_KBPQD[start:end],
                 stack.weight_grad_KFD,
@@ -133,7 +133,6 @@ class StitchBank:
                 index,
                 down=down,
                 up=stack.geometry.up,
-                kernel=self.kernel,
             )
             start = end
 

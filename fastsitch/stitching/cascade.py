@@ -4,13 +4,15 @@ The batch grows on the way: what left block j, then the outputs of the stitches 
 block j+1. One forward and one backward pass serve every cell of a group.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from fastsitch.networks.frozen import FrozenNetwork, Saved, channels_last
+from fastsitch.networks.blocks import Saved
+from fastsitch.networks.frozen import FrozenNetwork
 
 Fill = Callable[[int, Tensor], None]
 """fill(j, out_KBPQD): write the outputs of the stitches into position j."""
@@ -20,7 +22,7 @@ class Cascade:
     """Buffers and passes for ``counts[j]`` stitches into each receiver position j, ``images`` images each.
 
     Samples are ordered stitch by stitch, stitches by position; the batch at position j holds all stitches into
-    positions 0 ... j.
+    positions 0 ... j. On the way back gradients take the place of the activations. The same memory serves every pass.
     """
 
     def __init__(self, receiver: FrozenNetwork, counts: Sequence[int], images: int) -> None:
@@ -29,60 +31,86 @@ class Cascade:
         self.images = images
         self.ends = list(accumulate(counts))
         self.starts = [end - count for end, count in zip(self.ends, counts, strict=True)]
-        self._buffers: list[Tensor] = []
+        self._kept: list[Tensor] = []
+        self._passing: list[Tensor] = []
         self._saved: list[Saved] = []
 
     def forward(self, fill: Fill) -> Tensor:
         """Logits (stitches, images, classes), in the accumulation dtype; keeps what ``backward`` needs."""
-        if not self._buffers:
-            self._buffers = [self._buffer(j) for j in range(len(self.ends))]
-        self._saved = [()]
-        fill(0, self._slots(self._buffers[0], 0))
-        for j in range(1, len(self.ends)):
-            x, out = self._buffers[j - 1], self._buffers[j]
-            carried = x.shape[0]
-            saved = self.receiver.segments[j].forward(x, out[:carried]) if carried else ()
-            self._saved.append(saved)
-            fill(j, self._slots(out, j))
-        return self._logits(self._buffers[-1])
+        if not self._kept:
+            self._allocate()
+        return self._run(fill, self._kept, self._saved)
 
     def infer(self, fill: Fill) -> Tensor:
         """The same logits; keeps nothing."""
-        x = self._buffer(0)
-        fill(0, self._slots(x, 0))
-        for j in range(1, len(self.ends)):
-            out = self._buffer(j)
-            carried = x.shape[0]
-            if carried:
-                self.receiver.segments[j].infer(x, out[:carried])
-            fill(j, self._slots(out, j))
-            x = out
-        return self._logits(x)
+        if not self._passing:
+            self._passing = self._buffers(reuse=True)
+        return self._run(fill, self._passing, None)
 
     def backward(self, g_logits: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Given the gradient of the logits, yield (j, gradient (K, B, P, Q, D) of the stitch outputs), last j first."""
-        g = self.receiver.head.backward(g_logits.flatten(0, 1), self._buffers[-1])
+        segments = self.receiver.segments
+        g = self._kept[-1]
+        self.receiver.head.backward(g_logits.flatten(0, 1), g[: self._samples(-1)], self._rectified(-1))
         for j in range(len(self.ends) - 1, -1, -1):
             if self.ends[j] > self.starts[j]:
                 yield j, self._slots(g, j)
             if self.starts[j] == 0:
                 return
-            carried = self.starts[j] * self.images
-            x, out = self._buffers[j - 1], self._buffers[j][:carried]
-            g = self.receiver.segments[j].backward(g[:carried], x, out, self._saved[j])
+            x = self._kept[j - 1]
+            segments[j].backward(g, x, self._saved[j], self._samples(j - 1), self._rectified(j - 1))
+            g = x
 
-    def _buffer(self, j: int) -> Tensor:
+    def _run(self, fill: Fill, buffers: list[Tensor], saved: list[Saved] | None) -> Tensor:
+        fill(0, self._slots(buffers[0], 0))
+        for j in range(1, len(self.ends)):
+            segment, x, out, carried = self.receiver.segments[j], buffers[j - 1], buffers[j], self._samples(j - 1)
+            if carried and saved is not None:
+                segment.forward(x, out, saved[j], carried)
+            elif carried:
+                segment.infer(x, out, carried)
+            # after the block, which may write beyond what was carried
+            fill(j, self._slots(out, j))
+        x = buffers[-1][: self._samples(-1)]
+        return torch.unflatten(self.receiver.head.forward(x), 0, (self.ends[-1], self.images))
+
+    def _allocate(self) -> None:
+        segments = self.receiver.segments
+        self._kept = self._buffers(reuse=not any(segment.keeps_input for segment in segments[1:]))
+        self._saved = [[]]
+        for j in range(1, len(self.ends)):
+            carried = self._samples(j - 1)
+            self._saved.append(segments[j].memory(self._kept[j][:carried]) if carried else [])
+
+    def _buffers(self, *, reuse: bool) -> list[Tensor]:
+        """One buffer per position; with ``reuse`` every other position has the same memory."""
         receiver = self.receiver
-        return channels_last(self.ends[j] * self.images, receiver.positions[j].shape, receiver.dtype, receiver.device)
+        shapes = [position.shape for position in receiver.positions]
+        room = [-(-end * self.images // receiver.micro_batch) * receiver.micro_batch for end in self.ends]
+        sizes = [samples * math.prod(shape) for samples, shape in zip(room, shapes, strict=True)]
+        memory = [_empty(max(sizes[first::2], default=0), receiver) for first in (range(2) if reuse else ())]
+        buffers = []
+        for j, (samples, (channels, height, width)) in enumerate(zip(room, shapes, strict=True)):
+            flat = memory[j % 2][: sizes[j]] if reuse else _empty(sizes[j], receiver)
+            buffers.append(flat.view(samples, height, width, channels).permute(0, 3, 1, 2))
+        return buffers
+
+    def _samples(self, j: int) -> int:
+        return self.ends[j] * self.images
+
+    def _rectified(self, j: int) -> int:
+        """Samples at position j whose gradient is wanted before the ReLU they come from."""
+        return self.starts[j] * self.images if self.receiver.segments[j].rectifies else 0
 
     def _slots(self, batch: Tensor, j: int) -> Tensor:
         """The part of the batch at position j that belongs to the stitches into it, as (K, B, P, Q, D)."""
         stitches = self.ends[j] - self.starts[j]
-        own = batch.permute(0, 2, 3, 1)[self.starts[j] * self.images :]
+        own = batch.permute(0, 2, 3, 1)[self.starts[j] * self.images : self._samples(j)]
         return torch.unflatten(own, 0, (stitches, self.images))
 
-    def _logits(self, x: Tensor) -> Tensor:
-        return torch.unflatten(self.receiver.head.forward(x), 0, (self.ends[-1], self.images))
+
+def _empty(size: int, receiver: FrozenNetwork) -> Tensor:
+    return torch.empty(size, dtype=receiver.dtype, device=receiver.device)
 
 
 def cross_entropy(logits_KBc: Tensor, labels_B: Tensor) -> tuple[Tensor, Tensor]:

@@ -156,9 +156,7 @@ def _train(
             f"use --batch-size {len(split)} or less"
         )
     schedule = stitch_schedule(recipe.name, peak=recipe.lr, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)
-    optimizer = torch.optim.SGD(
-        [bank.parameters], lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
+    optimizer = stitch_optimizer(bank, recipe)
     cascade = Cascade(receiver, bank.counts, recipe.batch_size)
     loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=receiver.device)
     step = 0
@@ -172,6 +170,17 @@ def _train(
                 report(StepReport(step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
     bank.refresh()
     return loss_sum / steps_per_epoch
+
+
+def stitch_optimizer(bank: StitchBank, recipe: TrainingRecipe) -> torch.optim.SGD:
+    """SGD over all parameters of a bank, in one pass over them."""
+    return torch.optim.SGD(
+        [bank.parameters],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        fused=bank.parameters.device.type in ("cpu", "cuda"),
+    )
 
 
 def train_step(cascade: Cascade, bank: StitchBank, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
@@ -189,8 +198,10 @@ def evaluate(receiver: FrozenNetwork, split: SourceSplit, bank: StitchBank, *, i
     """Accuracy and mean loss of every cell over the whole split (K,), in fp64, so many images at a time."""
     correct = torch.zeros(len(bank.cells), dtype=torch.float64, device=receiver.device)
     loss_sum = torch.zeros_like(correct)
+    cascade: Cascade | None = None
     for batch in split.in_order(images):
-        cascade = Cascade(receiver, bank.counts, len(batch))
+        if cascade is None or cascade.images != len(batch):
+            cascade = Cascade(receiver, bank.counts, len(batch))
         logits = cascade.infer(lambda j, out, batch=batch: bank.forward(j, batch, out))  # type: ignore[misc]
         correct += (logits.argmax(-1) == batch.labels).sum(-1)
         loss_sum += cross_entropy(logits, batch.labels)[0].double() * len(batch)
