@@ -25,7 +25,7 @@ from fastsitch.networks.resnet import BasicBlock
 
 Saved = list[Tensor]
 
-CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 """Micro-batches where nothing fixes their size. On a CPU what they allocate stays in the cache and in the allocator's
 own pool; a GPU wants to be filled."""
 

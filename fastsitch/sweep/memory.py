@@ -1,0 +1,161 @@
+"""How much memory a group takes, from shapes alone, and how many cells therefore fit into one."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from fastsitch.errors import ConfigError
+from fastsitch.machine import DTYPES
+from fastsitch.networks.blocks import CHUNK_BYTES
+from fastsitch.networks.compiled import micro_batch
+from fastsitch.networks.masks import mask_bytes
+from fastsitch.stitching.geometry import Geometry, Shape
+
+_SHARE = {"cpu": 0.5, "cuda": 0.9}
+"""Of the memory that is free, what a sweep may take where no budget is named: a CPU has other things to hold."""
+
+_OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
+"""Workspaces of the libraries, and what the allocator keeps: measured on the CPU, assumed on CUDA."""
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepKind:
+    """What the memory of a training step depends on, beside the cells."""
+
+    images: int
+    itemsize: int
+    """Bytes per number of the compute dtype."""
+    device: str
+    masked: bool = False
+    """Whether the receiver keeps bits instead of activations."""
+    micro_batch: int = 1
+    gathers: bool = True
+    """Whether the stitches' inputs are copied into a mini-batch (the torch path) or read where they are."""
+
+    @classmethod
+    def of(cls, device: torch.device, precision: str, kernel: str, compile: str, images: int) -> "StepKind":
+        """That of a resolved configuration."""
+        return cls(
+            images=images,
+            itemsize=DTYPES[precision].itemsize,
+            device=device.type,
+            masked=device.type == "cuda" or compile == "on",
+            micro_batch=micro_batch(device) if compile == "on" else 1,
+            gathers=kernel == "torch",
+        )
+
+
+def group_memory(
+    cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
+) -> int:
+    """Predicted peak bytes of training the cells (i, j) together, beyond the sender's representations.
+
+    A model: buffers of the receiver's batch, what its blocks keep, the mini-batch, parameters, and the largest
+    temporaries. Evaluation runs two batches at a time and keeps nothing, which is always less.
+    """
+    counts = [sum(j == own for _, own in cells) for j in range(len(receiver))]
+    ends = list(accumulate(counts))
+    sizes = [math.prod(shape) for shape in receiver]
+    room = [-(-end * kind.images // kind.micro_batch) * kind.micro_batch for end in ends]
+    buffers = [samples * size * kind.itemsize for samples, size in zip(room, sizes, strict=True)]
+    carried = [0, *(end * kind.images for end in ends[:-1])]
+    if kind.masked:
+        whole = [-(-samples // kind.micro_batch) * kind.micro_batch for samples in carried]
+        kept = max(buffers[::2]) + max(buffers[1::2], default=0)
+        kept += sum(2 * samples * mask_bytes(size) for samples, size in zip(whole, sizes, strict=True))
+    else:
+        kept = sum(buffers)
+        kept += sum(samples * size * kind.itemsize for samples, size in zip(carried[1:], sizes[1:], strict=True))
+    temporaries = (_temporaries(sizes[j - 1], sizes[j], carried[j], kind) for j in range(1, len(sizes)))
+    return (
+        kept
+        + _parameters(cells, sender, receiver, kind)
+        + _inputs(cells, sender, receiver, kind)
+        + max(temporaries, default=0)
+        + _OVERHEAD[kind.device]
+    )
+
+
+def matching_memory(sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
+    """Predicted bytes of matching a pair: products of the inputs, shared by all receivers, and twice those of cells."""
+    geometries = [(i, Geometry.between(origin, target)) for i, origin in enumerate(sender) for target in receiver]
+    inputs = {(i, geometry.features) for i, geometry in geometries}
+    cells = sum(geometry.features * geometry.receiver[0] for _, geometry in geometries)
+    return 8 * (sum(features**2 for _, features in inputs) + 2 * cells)
+
+
+def source_memory(shapes: Sequence[Shape], images: int, itemsize: int) -> int:
+    """Bytes of a sender's representations of so many images."""
+    return sum(math.prod(shape) for shape in shapes) * images * itemsize
+
+
+def largest_group(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind, budget: int) -> int:
+    """The most cells per group that let every group of every pair (sender, receiver shapes) fit into ``budget`` bytes.
+
+    At least 1. Groups of a pair are equal, so each pair is split into as few of them as will do.
+    """
+    most, limit = 1, math.inf
+    for sender, receiver in {(tuple(sender), tuple(receiver)) for sender, receiver in pairs}:
+        cells = [(i, j) for j in range(len(receiver)) for i in range(len(sender))]
+        most = max(most, len(cells))
+        groups = 1
+        # the first group has the earliest cells, which pass through the most blocks
+        while groups < len(cells) and group_memory(cells[::groups], sender, receiver, kind) > budget:
+            groups += 1
+        if groups > 1:
+            limit = min(limit, -(-len(cells) // (groups - 1)) - 1)
+    return int(min(most, limit))
+
+
+def smallest_group_memory(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind) -> int:
+    """Predicted bytes of the largest group of one cell."""
+    return max(group_memory([(0, 0)], sender, receiver, kind) for sender, receiver in pairs)
+
+
+def memory_budget(requested: str, available: int, device: str) -> int:
+    """Bytes from ``auto`` (a share of what is free) or a size such as 8GB, 500M or 2e9; raises ConfigError."""
+    if requested == "auto":
+        return int(_SHARE[device] * available)
+    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?)(?:i?B)?", requested.strip(), re.IGNORECASE)
+    try:
+        budget = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+    except ValueError:
+        budget = 0
+    if budget < 1:
+        raise ConfigError(f"--memory {requested}: expected auto or a size such as 8GB or 500MB")
+    return budget
+
+
+def _parameters(
+    cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
+) -> int:
+    """Masters, gradients and momentum in fp32, a copy in the compute dtype; on the CPU also the results."""
+    master = max(4, kind.itemsize)
+    parameters = sum(Geometry.between(sender[i], receiver[j]).parameters for i, j in cells)
+    copies = (4 if kind.device == "cpu" else 3) * master
+    return parameters * (copies + (kind.itemsize if kind.itemsize < master else 0))
+
+
+def _inputs(
+    cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
+) -> int:
+    """The mini-batch at every resolution that some stitch reads it at."""
+    if not kind.gathers:
+        return 0
+    read = {(sender[i], Geometry.between(sender[i], receiver[j]).down) for i, j in cells}
+    read |= {(shape, 1) for shape, _ in read}
+    per_image = sum(sender.count(shape) * math.prod(shape) for shape, _ in read)
+    return per_image * kind.images * kind.itemsize
+
+
+def _temporaries(before: int, after: int, samples: int, kind: StepKind) -> int:
+    """What one micro-batch of a block's backward pass allocates: both gradients, and a third tensor beside them."""
+    largest = max(before, after) * kind.itemsize
+    fixed = kind.micro_batch if kind.micro_batch > 1 else min(samples, max(8, CHUNK_BYTES[kind.device] // largest))
+    return fixed * (before + 2 * after) * kind.itemsize
