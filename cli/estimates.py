@@ -52,12 +52,13 @@ def show_estimate(estimate: SweepEstimate) -> None:
         kinds.update(unit.kinds)
     typer.echo("")
     typer.echo("stitches by kind: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
+    typer.echo(f"source (model): {estimate.source}")
     fits = "fits" if estimate.memory <= estimate.available else "does NOT fit"
     typer.echo(
-        f"memory (model): {size(estimate.memory)}, one sender's representations and one training step; "
+        f"memory (model): {size(estimate.memory)}, the source and one training step; "
         f"{fits} into the {size(estimate.available)} that are free"
     )
-    typer.echo(f"disk (model): {size(estimate.disk)}, stores that are missing and results")
+    typer.echo(f"disk (model): {size(estimate.disk)}, stores that will be made and results")
     typer.echo(f"time (model): {duration(estimate.seconds)}, from the speed of a convolution measured just now")
 
 

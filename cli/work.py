@@ -139,6 +139,10 @@ def sweep(
     compile_blocks: Annotated[
         str, typer.Option("--compile", help="auto (on with CUDA), on or off: torch.compile of the receiver.")
     ] = "auto",
+    source: Annotated[
+        str,
+        typer.Option(help="auto, resident (in memory), streamed (read while in use) or live (the sender runs again)."),
+    ] = "auto",
     loss: Annotated[str, typer.Option(help="task, or match: least squares to what the receiver expects.")] = "task",
     solver: Annotated[str, typer.Option(help="exact: matched stitches without training.")] = "exact",
     init: Annotated[str, typer.Option(help="default, or matched: training starts at the matched stitch.")] = "default",
@@ -164,6 +168,7 @@ def sweep(
         "precision": precision,
         "kernel": kernel,
         "compile": compile_blocks,
+        "source": source,
         "loss": loss,
         "solver": solver,
         "init": init,

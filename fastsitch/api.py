@@ -151,7 +151,7 @@ def sweep(
 ) -> Run:
     """Train and evaluate the stitches of all pairs; a run that exists is continued.
 
-    ``options``: settings, seeds, recipe, epochs, lr, batch_size, group_size, precision, kernel, loss, init; see
+    ``options``: settings, seeds, recipe, epochs, lr, batch_size, group_size, precision, kernel, source, loss, init; see
     :func:`fastsitch.sweep.config.sweep_config`. Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)

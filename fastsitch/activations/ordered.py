@@ -44,7 +44,7 @@ class ResidentSplitInOrder:
 class StoredSplitInOrder:
     """One split of a store, read chunk by chunk: at most 1,024 images of every position are in memory.
 
-    Values are those of the compute dtype, as a resident source would hold them.
+    Values are those of the compute dtype, as any other source of this store would hold them.
     """
 
     def __init__(

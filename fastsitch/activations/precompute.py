@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from fastsitch.activations.live import PASS_IMAGES
 from fastsitch.activations.store import ActivationStore, StoreIdentity, remedy, stale
 from fastsitch.activations.writer import StoreWriter, writing
 from fastsitch.data import Dataset, Split
@@ -17,9 +18,6 @@ from fastsitch.networks.frozen import FrozenNetwork
 
 Report = Callable[[int, int], None]
 """report(images done, images in all)."""
-
-_BATCH = 256
-"""Images per forward pass."""
 
 
 def store_identity(
@@ -101,8 +99,8 @@ def _write_block(
 ) -> None:
     """Forward images start ... end - 1 in batches and write whole chunks at every position."""
     outputs: list[list[torch.Tensor]] = [[] for _ in frozen.positions]
-    for first in range(start, end, _BATCH):
-        images = split.images[first : min(first + _BATCH, end)].to(frozen.device)
+    for first in range(start, end, PASS_IMAGES):
+        images = split.images[first : min(first + PASS_IMAGES, end)].to(frozen.device)
         x = network.record.normalisation.apply(images)
         for collected, representation in zip(outputs, frozen.representations(x), strict=True):
             collected.append(representation.permute(0, 2, 3, 1).to(DTYPES[writer.identity.dtype]))

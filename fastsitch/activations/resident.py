@@ -7,12 +7,16 @@ from torch import Tensor
 
 from fastsitch.activations.batch import Batch, Shape
 from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.source import refuse_augmentation
 from fastsitch.activations.store import ActivationStore
 from fastsitch.errors import MemoryLimitError
 from fastsitch.machine import available_memory
 
 _READ_IMAGES = 1024
 """Images per read from a store: whole chunks at every position."""
+
+MEMORY_LIMIT = 0.9
+"""Share of the free memory that a source may take at most."""
 
 
 class ResidentSplit:
@@ -37,8 +41,9 @@ class ResidentSplit:
         """The images ``index`` (int64, on the same device)."""
         return Batch(self._stacks, index, self.labels.index_select(0, index))
 
-    def shuffled(self, order: ImageOrder, epoch: int, images: int) -> Iterator[Batch]:
+    def shuffled(self, order: ImageOrder, epoch: int, images: int, *, augment: bool = False) -> Iterator[Batch]:
         """An epoch in batches of ``images``; what is left over at the end is dropped."""
+        refuse_augmentation(augment)
         permutation = order.epoch(epoch, len(self)).to(self.labels.device)
         for start in range(0, len(self) - images + 1, images):
             yield self.batch(permutation[start : start + images])
@@ -67,10 +72,10 @@ class ResidentSource:
         elements = sum(channels * height * width for channels, height, width in shapes)
         needed = elements * sum(store.sizes.values()) * dtype.itemsize
         available = available_memory(device)
-        if needed > 0.9 * available:
+        if needed > MEMORY_LIMIT * available:
             raise MemoryLimitError(
                 f"the representations in {store.path} need {needed / 1e9:.1f} GB of {device.type} memory, "
-                f"{available / 1e9:.1f} GB are free: use a narrower network, fewer images or a larger machine"
+                f"{available / 1e9:.1f} GB are free: use --source streamed or live"
             )
         splits = {
             split: ResidentSplit(

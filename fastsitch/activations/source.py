@@ -7,6 +7,10 @@ from torch import Tensor
 
 from fastsitch.activations.batch import Batch, Shape
 from fastsitch.activations.order import ImageOrder
+from fastsitch.errors import ConfigError
+
+SOURCES = ("auto", "resident", "streamed", "live")
+"""Held in memory, read from the store while in use, or computed anew for every batch; ``auto`` is one of these."""
 
 
 class SourceSplit(Protocol):
@@ -17,8 +21,12 @@ class SourceSplit(Protocol):
 
     def __len__(self) -> int: ...
 
-    def shuffled(self, order: ImageOrder, epoch: int, images: int) -> Iterator[Batch]:
-        """An epoch in batches of ``images``; what is left over at the end is dropped."""
+    def shuffled(self, order: ImageOrder, epoch: int, images: int, *, augment: bool = False) -> Iterator[Batch]:
+        """An epoch in batches of ``images``; what is left over at the end is dropped.
+
+        A batch may be valid only until the next one is drawn. ``augment`` asks for a new random view of every image;
+        raises ConfigError where representations are not computed anew.
+        """
         ...
 
     def in_order(self, images: int) -> Iterator[Batch]:
@@ -35,3 +43,12 @@ class Source(Protocol):
     def train(self) -> SourceSplit: ...
     @property
     def test(self) -> SourceSplit: ...
+
+
+def refuse_augmentation(augment: bool) -> None:
+    """For sources of representations that were computed before: raise ConfigError when new views are asked for."""
+    if augment:
+        raise ConfigError(
+            "this recipe shows new views of the images in every epoch, which stored representations cannot: "
+            "use --source live"
+        )

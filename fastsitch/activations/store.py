@@ -11,6 +11,7 @@ every file, so that missing, truncated and exchanged files are found when a stor
 
 import json
 import zlib
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,10 @@ class StoreIdentity:
 
 
 class ActivationStore:
-    """A complete store, opened for reading. ``positions`` and ``sizes`` (images per split) describe it."""
+    """A complete store, opened for reading. ``positions`` and ``sizes`` (images per split) describe it.
+
+    ``reads`` counts how often each chunk was read, by (array, number of the chunk), such as ("train/0", 3).
+    """
 
     def __init__(
         self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
@@ -73,6 +77,7 @@ class ActivationStore:
         self.identity = identity
         self.positions = positions
         self.sizes = sizes
+        self.reads: Counter[tuple[str, int]] = Counter()
         self._arrays: dict[tuple[str, bool], Any] = {}
 
     @classmethod
@@ -98,8 +103,13 @@ class ActivationStore:
     @property
     def bytes(self) -> int:
         """Size of all representations, as stored without compression."""
+        return self.image_bytes * sum(self.sizes.values())
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of one image at all positions, as stored without compression."""
         per_image = sum(int(np.prod(position.shape)) for position in self.positions)
-        return per_image * np.dtype(STORED_AS[self.identity.dtype]).itemsize * sum(self.sizes.values())
+        return per_image * np.dtype(STORED_AS[self.identity.dtype]).itemsize
 
     def read(self, split: str, index: int, start: int, stop: int) -> Tensor:
         """Images start ... stop - 1 at a position as (n, H, W, C) in the store's dtype, on the CPU."""
@@ -120,6 +130,10 @@ class ActivationStore:
         """Images per chunk of an array."""
         return int(self._array(f"{split}/{index}").chunks[0])
 
+    def chunk_file(self, split: str, index: int, number: int) -> Path:
+        """The file of an array's chunk."""
+        return self._chunk_file(f"{split}/{index}", number)
+
     def _array(self, name: str, *, whole_chunks: bool = True) -> Any:
         """An array opened for reads of whole chunks by zarrs, or of any part by zarr's own pipeline."""
         if (name, whole_chunks) not in self._arrays:
@@ -131,8 +145,9 @@ class ActivationStore:
         array = self._array(name)
         step = array.chunks[0]
         first, last = start - start % step, min(-(-stop // step) * step, array.shape[0])
-        # zarrs does not verify the checksum of a chunk of which it reads a part, and the last chunk of an array is
-        # always one: zarr's own pipeline decodes chunks whole
+        # zarrs decodes only the part of a chunk that is asked for and does not verify the checksum then. A last chunk
+        # that reaches beyond the array is always read in part, however much of the array is asked for. zarr's own
+        # pipeline is slower, but decodes chunks whole and finds the damage
         edge = last - last % step
         try:
             parts = [array[first:edge]] if edge > first else []
@@ -142,6 +157,7 @@ class ActivationStore:
             raise StoreError(
                 f"{self._damaged(name, first, last)} was altered or damaged ({error}); {remedy(self.path)}"
             ) from None
+        self.reads.update((name, number) for number in range(first // step, -(-last // step)))
         values = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         return values[start - first : stop - first]
 
@@ -153,8 +169,12 @@ class ActivationStore:
             try:
                 array[start : min(start + step, last)]
             except (RuntimeError, ValueError, OSError):
-                return self.path / name / ".".join([str(start // step), *["0"] * (len(array.shape) - 1)])
+                return self._chunk_file(name, start // step)
         return self.path / name
+
+    def _chunk_file(self, name: str, number: int) -> Path:
+        dimensions = len(self._array(name).shape)
+        return self.path / name / ".".join([str(number), *["0"] * (dimensions - 1)])
 
 
 def remedy(path: Path) -> str:

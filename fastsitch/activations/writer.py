@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.store import FORMAT, STORED_AS, StoreIdentity, file_checksum, zarrs_pipeline
 from fastsitch.errors import FailedError, StoreError
 from fastsitch.files import sync_file, write_json
@@ -22,7 +23,8 @@ import zarr  # isort: skip
 from zarr.codecs import Crc32cCodec, ZstdCodec  # isort: skip
 
 CHUNK_BYTES = 4 << 20
-MAX_CHUNK_IMAGES = 1024
+MAX_CHUNK_IMAGES = ImageOrder.block
+"""A block of the image order is whole chunks at every position, so that streaming reads no chunk twice."""
 
 _MISSING = {"bf16": 0xFFFF, "fp16": float("nan"), "fp32": float("nan")}
 """Fill values: NaN, which is never stored. Chunks full of the fill value are not written, so with 0 a chunk of zeros

@@ -1,7 +1,8 @@
 """Data sets as uint8 tensors in memory."""
 
-from fastsitch.data.dataset import Dataset, Normalisation, Split, augment
+from fastsitch.data.dataset import Dataset, Normalisation, Split
 from fastsitch.data.load import DEFAULT_DATASET, SIZES, DatasetSize, canonical_dataset, dataset_folder, load_dataset
+from fastsitch.data.views import Views, augment
 
 __all__ = [
     "DEFAULT_DATASET",
@@ -10,6 +11,7 @@ __all__ = [
     "DatasetSize",
     "Normalisation",
     "Split",
+    "Views",
     "augment",
     "canonical_dataset",
     "dataset_folder",

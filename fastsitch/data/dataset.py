@@ -80,32 +80,3 @@ class Dataset:
     def to(self, device: torch.device) -> "Dataset":
         """The same data set on another device."""
         return Dataset(self.name, self.train.to(device), self.test.to(device), self.classes)
-
-
-def augment(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """Random horizontal flip, translation by up to 2 pixels (zeros move in), and one 4x4 patch set to zero.
-
-    Each image draws its own; the generator lives on the images' device. Source: the published recipe for networks.
-    """
-    x = x_BCHW.contiguous(memory_format=torch.channels_last)
-    images, _, height, width = x.shape
-    device = x.device
-
-    def draw(low: int, high: int) -> Tensor:
-        return torch.randint(low, high, (images, 1), generator=generator, device=device)
-
-    columns = torch.arange(width, device=device).expand(images, -1)
-    columns = torch.where(draw(0, 2).bool(), columns.flip(-1), columns) + draw(-2, 3)
-    rows = torch.arange(height, device=device).expand(images, -1) + draw(-2, 3)
-    inside = ((rows >= 0) & (rows < height)).unsqueeze(2) & ((columns >= 0) & (columns < width)).unsqueeze(1)
-    top, left = draw(-3, height), draw(-3, width)
-    positions_y = torch.arange(height, device=device)
-    positions_x = torch.arange(width, device=device)
-    in_rows = (positions_y >= top) & (positions_y < top + 4)
-    in_columns = (positions_x >= left) & (positions_x < left + 4)
-    inside &= ~(in_rows.unsqueeze(2) & in_columns.unsqueeze(1))
-    image = torch.arange(images, device=device).view(-1, 1, 1)
-    picked = x.permute(0, 2, 3, 1)[
-        image, rows.clamp(0, height - 1).unsqueeze(2), columns.clamp(0, width - 1).unsqueeze(1)
-    ]
-    return (picked * inside.unsqueeze(-1)).permute(0, 3, 1, 2)

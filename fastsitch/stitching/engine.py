@@ -31,6 +31,8 @@ class TrainingRecipe:
     lr: float
     momentum: float
     weight_decay: float
+    augment: bool = False
+    """New random views of the training images in every epoch, for which the sender has to run again."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +164,7 @@ def _train(
     step = 0
     for epoch in range(recipe.epochs):
         loss_sum.zero_()
-        for batch in split.shuffled(order, epoch, recipe.batch_size):
+        for batch in split.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment):
             optimizer.param_groups[0]["lr"] = schedule.rate(step)
             loss_sum += train_step(cascade, bank, batch, optimizer)
             step += 1

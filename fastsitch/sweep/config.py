@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.source import SOURCES
 from fastsitch.data import DEFAULT_DATASET, canonical_dataset
 from fastsitch.errors import ConfigError
 from fastsitch.identity import stable_hash
@@ -27,11 +28,17 @@ STITCH_RECIPES = {
     "paper": TrainingRecipe(name="paper", epochs=4, batch_size=256, lr=0.01, momentum=0.9, weight_decay=0.01),
     "small": TrainingRecipe(name="small", epochs=2, batch_size=64, lr=0.01, momentum=0.9, weight_decay=0.01),
     "published-schedule": TrainingRecipe(
-        name="published-schedule", epochs=4, batch_size=256, lr=0.01, momentum=0.9, weight_decay=0.01
+        name="published-schedule",
+        epochs=4,
+        batch_size=256,
+        lr=0.01,
+        momentum=0.9,
+        weight_decay=0.01,
+        augment=True,
     ),
 }
 """``paper`` as the text of the study states it, ``small`` for small data, ``published-schedule`` with the learning
-rates that the authors' code really used."""
+rates and the random views of the images that the authors' code really used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +62,8 @@ class SweepConfig:
     kernel: str = "auto"
     compile: str = "auto"
     """``on`` lets torch.compile generate the receiver's blocks."""
+    source: str = "auto"
+    """Where the sender's representations come from while stitches are trained."""
     block: int = ImageOrder.block
     """Consecutive images that stay together in the first level of shuffling."""
     window: int = ImageOrder.window
@@ -99,6 +108,13 @@ class SweepConfig:
             raise ConfigError(f"--compile {self.compile}: expected one of {', '.join(COMPILE)}")
         if self.kernel not in KERNELS:
             raise ConfigError(f"--kernel {self.kernel}: expected one of {', '.join(KERNELS)}")
+        if self.source not in SOURCES:
+            raise ConfigError(f"--source {self.source}: expected one of {', '.join(SOURCES)}")
+        if self.augments and self.source not in ("auto", "live"):
+            raise ConfigError(
+                f"--source {self.source}: recipe {recipe.name} shows new views of the images in every epoch, "
+                "which only --source live can do"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -112,6 +128,11 @@ class SweepConfig:
     @property
     def hash(self) -> str:
         return stable_hash(self.to_dict())
+
+    @property
+    def augments(self) -> bool:
+        """Whether stitches are trained on new random views of the images in every epoch."""
+        return self.recipe.augment and self.loss == "task"
 
     @property
     def matches(self) -> bool:

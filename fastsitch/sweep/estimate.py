@@ -12,12 +12,14 @@ import torch.nn.functional as F
 
 from fastsitch.data import SIZES, DatasetSize, load_dataset
 from fastsitch.errors import ConfigError
+from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.networks.checkpoint import namesake, read_record
 from fastsitch.networks.names import BLOCKS, NetworkName
 from fastsitch.networks.resnet import position_shapes
 from fastsitch.root import Root
 from fastsitch.stitching.geometry import Geometry, Shape
+from fastsitch.sweep.choose_source import choose_source, source_costs
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.plan import (
     PlannedUnit,
@@ -65,12 +67,14 @@ class SweepEstimate:
     device: str
     precision: str
     group_size: int
+    source: str
+    """The source that ``auto`` would choose now, or the one asked for, and why."""
     memory: int
-    """Peak bytes: one sender's representations and one training step."""
+    """Peak bytes: what the source holds of one sender, and one training step."""
     available: int
     """Bytes of memory free on the device now."""
     disk: int
-    """Bytes of the activation stores that do not exist yet, and of the results."""
+    """Bytes of the activation stores that will be made, and of the results."""
     seconds: float
     """At the rate of convolution measured just now."""
 
@@ -101,10 +105,18 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         width = ASSUMED_WIDTH if record is None else record.width
         positions[name] = position_shapes(BLOCKS[name.architecture], width, (data.height, data.width))
     shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
-    resident = max(_elements(own) for own in shapes.values()) * (data.train + data.test) * dtype.itemsize
+    costs = source_costs(
+        root,
+        config,
+        shapes,
+        images=(data.train, data.test),
+        pixels=3 * data.height * data.width,
+        itemsize=dtype.itemsize,
+    )
+    source = choose_source(config, costs, available=available_memory(torch_device), free_disk=free_space(root.path))
     pairs = [(len(shapes[planned.sender]), shapes[planned.receiver]) for planned in units]
     if config.group_size == "auto":
-        budget = int(0.4 * max(0, available_memory(torch_device) - resident))
+        budget = int(0.4 * max(0, available_memory(torch_device) - source.memory))
         group_size = automatic_group_size(pairs, config.recipe.batch_size, dtype.itemsize, budget)
     else:
         group_size = int(config.group_size)
@@ -125,10 +137,11 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
             parts = zip(shared, _matching_flops(sender, receiver, data.train), strict=True)
             exact = sum(flops for key, flops in parts if key not in counted)
             counted.update(shared)
-        estimates.append(_unit(planned, sender, receiver, len(groups), config, data, exact))
-    needed = {planned.sender for planned in units} | {planned.receiver for planned in units if config.matches}
-    missing = {name for name in needed if not root.store(config.dataset, name).exists()}
-    stores = sum(_elements(shapes[name]) * (data.train + data.test) * 2 for name in missing)
+        unit = _unit(planned, sender, receiver, len(groups), config, data, exact)
+        if source.name == "live":
+            live = len(groups) * (_trained_images(config, data) + data.test) * _sender_flops(planned.sender, sender)
+            unit = replace(unit, flops=unit.flops + live)
+        estimates.append(unit)
     return SweepEstimate(
         config=config,
         data=data,
@@ -138,9 +151,10 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         device=torch_device.type,
         precision=precision,
         group_size=group_size,
-        memory=resident + step_memory,
+        source=source.reason,
+        memory=source.memory + step_memory,
         available=available_memory(torch_device),
-        disk=stores + 4 * sum(unit.parameters for unit in estimates),
+        disk=(0 if source.name == "live" else costs.missing) + 4 * sum(unit.parameters for unit in estimates),
         seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD
         + (sum(unit.exact_flops for unit in estimates) / product_rate(torch_device) if config.matches else 0.0),
     )
@@ -158,8 +172,7 @@ def _unit(
     kinds: Counter[str] = Counter()
     parameters, flops = 0, 0.0
     blocks = _block_flops(BLOCKS[planned.receiver.architecture], receiver)
-    epoch_images = data.train // config.recipe.batch_size * config.recipe.batch_size
-    trained = config.recipe.epochs * epoch_images if config.loss == "task" else 0
+    trained = _trained_images(config, data)
     for j, target in enumerate(receiver):
         behind = sum(blocks[j:])
         for origin in sender:
@@ -170,6 +183,18 @@ def _unit(
             # forward and activation gradient of the receiver; forward and weight gradient of the stitch
             flops += (trained * 2 + data.test) * (behind + stitch)
     return UnitEstimate(planned, dict(kinds), parameters, groups, flops, exact_flops)
+
+
+def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
+    """Images that a cell is trained on, over all epochs."""
+    epoch_images = data.train // config.recipe.batch_size * config.recipe.batch_size
+    return config.recipe.epochs * epoch_images if config.loss == "task" else 0
+
+
+def _sender_flops(name: NetworkName, shapes: list[Shape]) -> float:
+    """Forward FLOPs per image up to the last position; the stem sees three channels."""
+    channels, height, width = shapes[0]
+    return 2.0 * height * width * channels * 27 + sum(_block_flops(BLOCKS[name.architecture], shapes))
 
 
 def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int) -> tuple[float, float]:
@@ -193,10 +218,6 @@ def _block_flops(blocks: tuple[int, ...], shapes: list[Shape]) -> list[float]:
         flops.append(2.0 * height * width * channels * taps)
     assert len(flops) == sum(blocks)
     return flops
-
-
-def _elements(shapes: list[Shape]) -> int:
-    return sum(channels * height * width for channels, height, width in shapes)
 
 
 def _data_size(root: Root, name: str) -> DatasetSize:

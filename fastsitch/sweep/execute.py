@@ -9,9 +9,8 @@ from pathlib import Path
 import torch
 
 from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.precompute import ensure_store, open_fitting, store_identity
-from fastsitch.activations.resident import ResidentSource
-from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.precompute import open_fitting, store_identity
+from fastsitch.activations.source import Source
 from fastsitch.advice import command
 from fastsitch.data import Dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError, RunError
@@ -39,6 +38,8 @@ from fastsitch.sweep.config import SweepConfig, checked_run_name
 from fastsitch.sweep.matched import MatchedStitches
 from fastsitch.sweep.plan import PlannedUnit, automatic_group_size, plan_units, split_groups, unit_cells
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
+from fastsitch.sweep.senders import Representations
+from fastsitch.sweep.source_rates import choose_measured
 
 log = logging.getLogger(__name__)
 
@@ -91,13 +92,15 @@ def run_sweep(
     _check_geometries(units, inputs)
     path = root.run(config.dataset, name)
     finished = _existing_run(path, config, inputs, dataset, torch_device)
-    _check_stores(root, config, units, networks, torch_device)
+    source = "live" if config.augments else config.source if finished is None else finished.resolved.source
+    if source != "live":
+        _check_stores(root, config, units, networks, torch_device)
     if finished is not None and all(finished.intact(planned.unit) for planned in finished.units):
         log.info("all %d units of run %s are done already", len(units), name)
         return finished
     with exclusive(path / "lock", f"run {name!r}"):
         current = _existing_run(path, config, inputs, dataset, torch_device) or _new_run(
-            path, config, inputs, dataset, torch_device
+            root, path, config, inputs, networks, torch_device
         )
         log.info("run %s: %s", name, _describe(current.resolved))
         _Execution(root, current, dataset, networks, torch_device, report).carry_out()
@@ -114,13 +117,17 @@ class _Execution:
         device: torch.device,
         report: Report | None,
     ) -> None:
-        self.root = root
         self.run = run
-        self.dataset = dataset
         self.networks = networks
-        self.device = device
         self.report = report
-        self.dtype = DTYPES[run.resolved.precision]
+        self.representations = Representations(
+            root,
+            dataset,
+            networks.load,
+            source=run.resolved.source,
+            dtype=DTYPES[run.resolved.precision],
+            device=device,
+        )
         self.total = sum(self._cells(planned) for planned in run.units)
         self.missing = [planned for planned in run.units if not run.intact(planned.unit)]
         self.finished = self.total - sum(self._cells(planned) for planned in self.missing)
@@ -130,48 +137,34 @@ class _Execution:
         if done:
             log.info("%d of %d units are done already", done, len(self.run.units))
         for sender, group in groupby(self.missing, key=lambda planned: planned.sender):
-            store = self._store(sender)
-            self._require_same_store("store_hash", store, [p for p in self.run.units if p.sender == sender])
-            source = ResidentSource.load(store, dtype=self.dtype, device=self.device)
-            stitches = MatchedStitches(source, dtype=self.dtype, device=self.device)
-            for planned in group:
-                if self.run.config.matches:
-                    wanted = self._expected(planned, store)
-                    matched = stitches.of(planned, wanted, lambda part, p=planned: self._tell(part, p))  # type: ignore[misc]
-                    results = self._train(planned, source, matched)
-                    self.run.save(planned.unit, results, store.identity.hash, wanted.identity.hash)
-                else:
-                    results = self._train(planned, source, None)
-                    self.run.save(planned.unit, results, store.identity.hash)
-                self.finished += len(results)
-                self._tell(0.0, planned)
+            self._sweep(sender, list(group))
 
-    def _store(self, name: NetworkName) -> ActivationStore:
-        """A network's store, made when it is missing."""
-        path = self.root.store(self.run.config.dataset, name)
-        if not path.exists():
-            log.info("%s has no activation store yet: making %s", name, path)
-        return ensure_store(path, self.dataset, self.networks.load(name), device=self.device, content_only=True)[0]
-
-    def _expected(self, planned: PlannedUnit, sender: ActivationStore) -> ActivationStore:
-        """The store with the receiver's own representations."""
-        store = sender if planned.receiver == planned.sender else self._store(planned.receiver)
-        same = [p for p in self.run.units if p.receiver == planned.receiver]
-        self._require_same_store("receiver_store_hash", store, same)
-        return store
-
-    def _require_same_store(self, key: str, store: ActivationStore, units: list[PlannedUnit]) -> None:
-        """Raise RunError when one of these units is done and came from another store."""
+    def _sweep(self, name: NetworkName, units: list[PlannedUnit]) -> None:
+        """All missing units of one sender, whose representations are let go before those of the next one come."""
+        source, ordered, origin = self.representations.sender(name)
+        origin.require_same(self.run, "store_hash", self._done(lambda planned: planned.sender == name))
+        stitches = MatchedStitches(ordered)
         for planned in units:
-            if planned not in self.missing and str(self.run.read(planned.unit)[key]) != store.identity.hash:
-                raise RunError(
-                    f"unit {planned.unit.name} of run {self.run.name!r} was trained on another store than "
-                    f"{store.path} ({store.identity.dtype}, computed in {store.identity.compute}): "
-                    "make the store as it was, or use another --run name"
-                )
+            if self.run.config.matches:
+                receiver = planned.receiver
+                expected, expected_origin = self.representations.expected(receiver)
+                done = self._done(lambda planned, receiver=receiver: planned.receiver == receiver)  # type: ignore[misc]
+                expected_origin.require_same(self.run, "receiver_store_hash", done)
+                matched = stitches.of(planned, expected, lambda part, p=planned: self._tell(part, p))  # type: ignore[misc]
+                results = self._train(planned, source, matched)
+                self.run.save(planned.unit, results, origin.identity.hash, expected_origin.identity.hash)
+            else:
+                results = self._train(planned, source, None)
+                self.run.save(planned.unit, results, origin.identity.hash)
+            self.finished += len(results)
+            self._tell(0.0, planned)
+
+    def _done(self, of: Callable[[PlannedUnit], bool]) -> list[PlannedUnit]:
+        """The units of some kind that were finished when this execution began."""
+        return [planned for planned in self.run.units if planned not in self.missing and of(planned)]
 
     def _train(
-        self, planned: PlannedUnit, source: ResidentSource, matched: dict[Cell, Matched] | None
+        self, planned: PlannedUnit, source: Source, matched: dict[Cell, Matched] | None
     ) -> dict[Cell, CellResult]:
         """Train and evaluate a unit; with the matching loss there is nothing left to train."""
         config, resolved = self.run.config, self.run.resolved
@@ -301,25 +294,26 @@ def _existing_run(
 
 
 def _new_run(
+    root: Root,
     path: Path,
     config: SweepConfig,
     inputs: dict[NetworkName, NetworkInput],
-    dataset: Dataset,
+    networks: "_Networks",
     device: torch.device,
 ) -> Run:
     """Create the run, with everything that ``auto`` chooses on this machine frozen into it."""
     precision = resolve_precision(config.precision, device)
     itemsize = DTYPES[precision].itemsize
+    shapes = {name: [shape for _, shape in network.positions] for name, network in inputs.items()}
+    source = choose_measured(
+        root, config, shapes, networks.dataset, networks.load, dtype=DTYPES[precision], device=device
+    )
+    log.info("source %s", source.reason)
     pairs = [
         (len(inputs[planned.sender].positions), [shape for _, shape in inputs[planned.receiver].positions])
         for planned in plan_units(config)
     ]
-    images = len(dataset.train) + len(dataset.test)
-    resident = max(
-        sum(shape[0] * shape[1] * shape[2] for _, shape in network.positions) * images * itemsize
-        for network in inputs.values()
-    )
-    budget = int(_MEMORY_SHARE * max(0, available_memory(device) - resident))
+    budget = int(_MEMORY_SHARE * max(0, available_memory(device) - source.memory))
     group_size = (
         automatic_group_size(pairs, config.recipe.batch_size, itemsize, budget)
         if config.group_size == "auto"
@@ -331,9 +325,9 @@ def _new_run(
         kernel=resolve_kernel(config.kernel, device),
         compile=resolve_compile(config.compile, device),
         group_size=group_size,
-        source="resident",
+        source=source.name,
     )
-    return Run.create(path, config, resolved, inputs, dataset.hash)
+    return Run.create(path, config, resolved, inputs, networks.dataset.hash)
 
 
 def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput]) -> None:

@@ -4,11 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-import torch
-
-from fastsitch.activations.ordered import ResidentSplitInOrder, StoredSplitInOrder
-from fastsitch.activations.resident import ResidentSource
-from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.matching import RIDGE, Matched, match
@@ -21,28 +17,25 @@ log = logging.getLogger(__name__)
 class MatchedStitches:
     """Matches one sender to receivers; what concerns the sender alone is computed for the first of them."""
 
-    def __init__(self, source: ResidentSource, *, dtype: torch.dtype, device: torch.device) -> None:
-        self._moments = SenderMoments(ResidentSplitInOrder(source))
-        self._dtype = dtype
-        self._device = device
+    def __init__(self, sender: OrderedSplit) -> None:
+        self._moments = SenderMoments(sender)
         self._receiver: NetworkName | None = None
         self._matched: dict[tuple[int, int], Matched] = {}
 
     def of(
-        self, planned: PlannedUnit, expected: ActivationStore, report: Callable[[float], None] | None = None
+        self, planned: PlannedUnit, expected: OrderedSplit, report: Callable[[float], None] | None = None
     ) -> dict[Cell, Matched]:
-        """The matched stitch of every cell of a unit; ``expected`` is the receiver's store.
+        """The matched stitch of every cell of a unit; ``expected`` are the receiver's own representations.
 
         ``report`` is told the cells done so far, which are fractions of one until all are done.
         """
         if planned.receiver != self._receiver:
-            wanted = StoredSplitInOrder(expected, dtype=self._dtype, device=self._device)
 
             def tell(done: int, total: int) -> None:
                 if report is not None:
                     report(done / total)
 
-            self._matched = match(pair_moments(self._moments, wanted, tell))
+            self._matched = match(pair_moments(self._moments, expected, tell))
             self._receiver = planned.receiver
             methods = Counter(stitch.method for stitch in self._matched.values())
             log.info(

@@ -1,0 +1,169 @@
+"""The same training from the resident, the streamed and the live source, and how much memory streaming takes.
+
+Trains whole epochs of the cells R1111 -> R1111 on the embedded images, alternating between the sources, with networks
+and stores made in a temporary folder. What is timed is ``train_group``: epochs with their reading, then the test pass.
+
+    .venv/bin/python bench/sources.py --json bench/results/sources.json
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from fastsitch.activations.live import LiveSource, LiveSplit
+from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.precompute import ensure_store
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.source import Source
+from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.streamed import StreamedSource
+from fastsitch.data import Dataset, Split, load_dataset
+from fastsitch.machine import DTYPES, configure, processor, resolve_device, resolve_precision, versions
+from fastsitch.networks.checkpoint import Network, load_network
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.training import network_recipe, train_network
+from fastsitch.root import Root
+from fastsitch.stitching.cells import Cell, Unit
+from fastsitch.stitching.engine import TrainingRecipe, train_group
+
+NAME = NetworkName.parse("R1111")
+UNIT = Unit(sender="R1111", receiver="R1111", setting="T2T", loss="task", seed=0)
+
+
+def network_of(root: Root, dataset: Dataset, width: int, device: torch.device) -> Network:
+    train_network(root, dataset, NAME, width=width, recipe=network_recipe("fast", 1), device=device)
+    return load_network(root.models(dataset.name), NAME)
+
+
+def training(epochs: int) -> TrainingRecipe:
+    return TrainingRecipe(name="small", epochs=epochs, batch_size=64, lr=0.01, momentum=0.9, weight_decay=0.01)
+
+
+def train(source: Source, receiver: FrozenNetwork, epochs: int) -> float:
+    """Seconds of training and evaluating all cells."""
+    cells = [Cell(UNIT, i, j) for j in range(len(receiver.positions)) for i in range(len(source.shapes))]
+    begun = time.perf_counter()
+    with torch.no_grad():
+        train_group(receiver, source, cells, training(epochs), ImageOrder(seed=0))
+    return time.perf_counter() - begun
+
+
+def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> dict:
+    dtype = DTYPES[resolve_precision("auto", device)]
+    dataset = load_dataset("fashion-mini", folder)
+    network = network_of(Root.at(folder), dataset, options.width, device)
+    store, _ = ensure_store(folder / "store" / "R1111", dataset, network, device=device)
+    receiver = FrozenNetwork(network.chain, dtype=dtype, device=device)
+    sender = FrozenNetwork(network.chain, dtype=DTYPES[store.identity.compute], device=device)
+    live = [
+        LiveSplit(sender, network.record.normalisation, split, stored=torch.bfloat16, dtype=dtype)
+        for split in (dataset.train, dataset.test)
+    ]
+    sources: dict[str, Source] = {
+        "resident": ResidentSource.load(store, dtype=dtype, device=device),
+        "streamed": StreamedSource(store, dtype=dtype, device=device),
+        "live": LiveSource(*live),
+    }
+    times: dict[str, list[float]] = {name: [] for name in sources}
+    for round_number in range(options.repeats + 1):
+        for name, source in sources.items():
+            seconds = train(source, receiver, options.epochs)
+            # the first round warms up
+            if round_number:
+                times[name].append(seconds)
+            print(f"round {round_number}: {name} {seconds:.2f} s", file=sys.stderr, flush=True)
+    return {
+        "store_bytes": store.bytes,
+        "seconds": {name: spread(own) for name, own in times.items()},
+        "ratio_to_resident": {
+            name: spread([a / b for a, b in zip(times[name], times["resident"], strict=True)])
+            for name in ("streamed", "live")
+        },
+    }
+
+
+def peak(folder: Path, times: int) -> dict[str, int]:
+    """Peak memory of a process that streams the embedded images, repeated, through a network of width 2."""
+    line = [sys.executable, __file__, "--peak", str(times), "--folder", str(folder)]
+    return json.loads(subprocess.run(line, check=True, capture_output=True, text=True).stdout)
+
+
+def repeated_store(folder: Path, times: int) -> None:
+    few = load_dataset("fashion-mini", folder)
+    train, test = (
+        Split(split.images.repeat(times, 1, 1, 1), split.labels.repeat(times)) for split in (few.train, few.test)
+    )
+    dataset = Dataset(f"npz:{folder}/times-{times}.npz", train, test, few.classes)
+    network = network_of(Root.at(folder), dataset, 2, torch.device("cpu"))
+    ensure_store(folder / f"times-{times}" / "R1111", dataset, network, device=torch.device("cpu"))
+
+
+def stream_once(folder: Path, times: int) -> None:
+    """In a process of its own: one epoch and the test pass; prints the size of the store and the peak memory."""
+    store = ActivationStore.open(folder / f"times-{times}" / "R1111")
+    source = StreamedSource(store, dtype=torch.bfloat16, device=torch.device("cpu"))
+    for batches in (source.train.shuffled(ImageOrder(seed=0), 0, 64), source.test.in_order(128)):
+        for batch in batches:
+            for shape in source.shapes:
+                batch.operand(shape, 1, "torch")
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"store_bytes": store.bytes, "peak_bytes": kilobytes * 1024}))
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--width", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.peak is not None:
+        stream_once(options.folder, options.peak)
+        return
+    device = resolve_device(options.device)
+    configure(device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        memory = {}
+        for times in (1, 10):
+            repeated_store(folder, times)
+            memory[f"{times}x"] = peak(folder, times)
+            print(f"{times}x: {memory[f'{times}x']}", file=sys.stderr, flush=True)
+        measured = speeds(options, folder / "speed", device)
+    result = {
+        "machine": processor() if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "threads": torch.get_num_threads(),
+        "precision": resolve_precision("auto", device),
+        "versions": versions(),
+        "pair": "R1111--R1111",
+        "width": options.width,
+        "batch_size": 64,
+        "epochs": options.epochs,
+        "n": options.repeats,
+        **measured,
+        "streaming_memory": memory,
+    }
+    print(json.dumps(result, indent=1))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A sender that runs again for every batch: nothing is stored, and every epoch can show other views of the images."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastsitch.activations.batch import Batch, Shape
+from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.resident import stack_positions
+from fastsitch.data import Normalisation, Split, Views
+from fastsitch.identity import torch_generator
+from fastsitch.networks.frozen import FrozenNetwork
+
+PASS_IMAGES = 256
+"""Images per forward pass where the order is that of the data set: also that of precompute, so that bits are equal."""
+
+
+class LiveSplit:
+    """One split of a data set, and the sender that represents its images.
+
+    The sender computes in its own dtype; what it gives is cast to ``stored``, as a store would keep it, then to the
+    compute dtype ``dtype``. The images stay on the device as uint8.
+    """
+
+    def __init__(
+        self,
+        sender: FrozenNetwork,
+        normalisation: Normalisation,
+        split: Split,
+        *,
+        stored: torch.dtype,
+        dtype: torch.dtype,
+    ) -> None:
+        self._sender = sender
+        self._normalisation = normalisation
+        self._images = split.images.to(sender.device)
+        self._stored = stored
+        self._dtype = dtype
+        self.shapes: Sequence[Shape] = [position.shape for position in sender.positions]
+        self.labels = split.labels.to(sender.device)
+        self.ids = torch.arange(len(split), device=sender.device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @torch.no_grad()
+    def represent(self, images: Tensor | slice, views: Views | None = None) -> list[Tensor]:
+        """The representations (n, C, H, W) of some images at every position, channels-last."""
+        x = self._normalisation.apply(self._images[images])
+        if views is not None:
+            x = views.to(x.device).apply(x)
+        return [y.to(self._stored).to(self._dtype) for y in self._sender.representations(x)]
+
+    def shuffled(self, order: ImageOrder, epoch: int, images: int, *, augment: bool = False) -> Iterator[Batch]:
+        """An epoch in batches of ``images``; what is left over at the end is dropped.
+
+        With ``augment``, the view of the k-th image of an epoch depends on the order's seed, the epoch and k alone.
+        """
+        permutation = order.epoch(epoch, len(self)).to(self.labels.device)
+        views = self._views(order.seed, epoch) if augment else None
+        for start in range(0, len(self) - images + 1, images):
+            part = slice(start, start + images)
+            yield self._batch(permutation[part], None if views is None else views[part])
+
+    def in_order(self, images: int) -> Iterator[Batch]:
+        """All images once, as they are, in the order of the data set; the last batch may be smaller."""
+        for index in torch.split(self.ids, images):
+            yield self._batch(index, None)
+
+    def _views(self, seed: int, epoch: int) -> Views:
+        _, height, width, _ = self._images.shape
+        return Views.draw(len(self), height, width, torch_generator("views", seed, epoch))
+
+    def _batch(self, index: Tensor, views: Views | None) -> Batch:
+        stacks = stack_positions(self.shapes, self.represent(index, views))
+        return Batch(stacks, torch.arange(len(index), device=index.device), self.labels.index_select(0, index))
+
+
+class LiveSource:
+    """Both splits of a data set as one sender sees them; ``shapes`` is that of every position."""
+
+    def __init__(self, train: LiveSplit, test: LiveSplit) -> None:
+        self.shapes = train.shapes
+        self.train = train
+        self.test = test
+
+
+class LiveSplitInOrder:
+    """The images of a live split as they are, for passes in the order of the data set; 256 of them are in memory."""
+
+    def __init__(self, split: LiveSplit) -> None:
+        self._split = split
+        self._first = -1
+        self._block: list[Tensor] = []
+        self.shapes = split.shapes
+        self.labels = split.labels
+        self.ids = split.ids
+
+    def images(self, position: int, start: int, stop: int) -> Tensor:
+        first = start - start % PASS_IMAGES
+        assert stop <= first + PASS_IMAGES, f"a request must not cross a multiple of {PASS_IMAGES} images"
+        if first != self._first:
+            self._block = self._split.represent(slice(first, first + PASS_IMAGES))
+            self._first = first
+        return self._block[position].permute(0, 2, 3, 1)[start - first : stop - first]

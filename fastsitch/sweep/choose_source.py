@@ -1,0 +1,146 @@
+"""Which source a sweep draws its representations from, and why."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from fastsitch.activations.batch import Shape
+from fastsitch.activations.resident import MEMORY_LIMIT
+from fastsitch.activations.stream_plan import stream_capacity
+from fastsitch.activations.streamed import READ_AHEAD
+from fastsitch.errors import ConfigError, MemoryLimitError
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
+from fastsitch.sweep.config import SweepConfig
+from fastsitch.sweep.plan import plan_units
+
+RESIDENT_SHARE = 0.5
+"""Share of the free memory that resident representations may take when the source is chosen automatically."""
+
+STORED_ITEMSIZE = 2
+"""Bytes per value of a store that a sweep makes itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCosts:
+    """What the sources of a sweep take, in bytes."""
+
+    memory: Mapping[str, int]
+    """By source: what the sender that needs most of it holds in the device's memory."""
+    missing: int
+    """Disk for the stores that do not exist yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceRates:
+    """How fast a sender's representations can be had."""
+
+    read: float
+    """Bytes per second read from the disk."""
+    image: int
+    """Bytes of one image at every position, as stored."""
+    live: float
+    """Images per second that the sender computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceChoice:
+    """A source, one line that says why, and the bytes it holds in the device's memory."""
+
+    name: str
+    reason: str
+    memory: int
+
+
+def source_costs(
+    root: Root,
+    config: SweepConfig,
+    shapes: Mapping[NetworkName, Sequence[Shape]],
+    *,
+    images: tuple[int, int],
+    pixels: int,
+    itemsize: int,
+) -> SourceCosts:
+    """Costs for so many training and test images of so many bytes each, in a compute dtype of ``itemsize`` bytes."""
+    units = plan_units(config)
+    senders = {planned.sender for planned in units}
+    stored = senders | {planned.receiver for planned in units if config.matches}
+    largest = max(elements(shapes[name]) for name in senders)
+    batch = config.recipe.batch_size
+    # training draws single batches, evaluation pairs of them
+    train = stream_capacity(images[0], batch, block=config.block, window=config.window)
+    test = stream_capacity(images[1], 2 * batch, block=config.block, window=0)
+    ahead = READ_AHEAD * config.block * STORED_ITEMSIZE
+    return SourceCosts(
+        memory={
+            "resident": largest * sum(images) * itemsize,
+            "streamed": largest * ((train + test) * itemsize + ahead),
+            # once as the sender gives it, once stacked by shape
+            "live": pixels * sum(images) + 2 * largest * 2 * batch * itemsize,
+        },
+        missing=sum(
+            elements(shapes[name]) * sum(images) * STORED_ITEMSIZE
+            for name in stored
+            if not root.store(config.dataset, name).exists()
+        ),
+    )
+
+
+def choose_source(
+    config: SweepConfig,
+    costs: SourceCosts,
+    *,
+    available: int,
+    free_disk: int,
+    rates: Callable[[], SourceRates] | None = None,
+) -> SourceChoice:
+    """The source of a sweep, given the bytes free in the device's memory and on the disk.
+
+    ``rates`` is asked where speed decides; without it, streaming is predicted. Raises MemoryLimitError or ConfigError
+    when a source that was asked for by name cannot work.
+    """
+    no_room = f"stores that are missing need {_gb(costs.missing)} of disk, {_gb(free_disk)} are free"
+    room = costs.missing <= free_disk
+
+    def choice(name: str, why: str) -> SourceChoice:
+        return SourceChoice(name=name, reason=f"{name}: {why}", memory=costs.memory[name])
+
+    if config.augments:
+        return choice("live", f"recipe {config.recipe.name} shows new views of the images in every epoch")
+    if config.source != "auto":
+        needed = costs.memory[config.source]
+        if needed > MEMORY_LIMIT * available:
+            others = " or ".join(name for name in ("streamed", "live") if name != config.source)
+            raise MemoryLimitError(
+                f"--source {config.source} needs {_gb(needed)} of memory, {_gb(available)} are free: "
+                f"use --source {others}"
+            )
+        if config.source != "live" and not room:
+            raise ConfigError(f"--source {config.source}: {no_room}: make room, or use --source live")
+        return choice(config.source, f"as asked for, {_gb(needed)} of memory")
+    share = RESIDENT_SHARE * available
+    resident = f"{_gb(costs.memory['resident'])} fit into {_gb(share)}"
+    if not room:
+        return choice("live", no_room)
+    if costs.memory["resident"] <= share:
+        return choice("resident", resident)
+    too_large = resident.replace("fit", "do not fit")
+    if costs.memory["streamed"] > MEMORY_LIMIT * available:
+        return choice("live", f"{too_large}, nor does a window of {_gb(costs.memory['streamed'])}")
+    if rates is None:
+        return choice("streamed", f"{too_large}; or live, if that is faster when the run begins")
+    measured = rates()
+    read = measured.read / measured.image
+    reading = f"reading {measured.read / 1e9:.1f} GB/s = {read:,.0f} images/s"
+    living = f"{measured.live:,.0f} images/s live"
+    if read >= measured.live:
+        return choice("streamed", f"{too_large}; {reading} against {living}")
+    return choice("live", f"{too_large}; {living} against {reading}")
+
+
+def elements(shapes: Sequence[Shape]) -> int:
+    """Values of one image at all positions."""
+    return sum(channels * height * width for channels, height, width in shapes)
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

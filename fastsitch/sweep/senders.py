@@ -1,0 +1,118 @@
+"""Representations of the networks of a run, from the source that is frozen into it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastsitch.activations.live import LiveSource, LiveSplit, LiveSplitInOrder
+from fastsitch.activations.ordered import OrderedSplit, ResidentSplitInOrder, StoredSplitInOrder
+from fastsitch.activations.precompute import ensure_store, store_identity
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.source import Source
+from fastsitch.activations.store import ActivationStore, StoreIdentity
+from fastsitch.activations.streamed import StreamedSource
+from fastsitch.data import Dataset, Split
+from fastsitch.errors import RunError
+from fastsitch.machine import DTYPES
+from fastsitch.networks.checkpoint import Network
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
+from fastsitch.sweep.plan import PlannedUnit
+from fastsitch.sweep.results import Run
+
+log = logging.getLogger(__name__)
+
+Load = Callable[[NetworkName], Network]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What representations are, and where they come from: the store's path, or nothing where the network runs live."""
+
+    identity: StoreIdentity
+    place: str
+
+    def require_same(self, run: Run, key: str, units: list[PlannedUnit]) -> None:
+        """Raise RunError when one of these finished units records another origin under ``key``."""
+        for planned in units:
+            if str(run.read(planned.unit)[key]) != self.identity.hash:
+                computed = f"({self.identity.dtype}, computed in {self.identity.compute})"
+                found, remedy = (
+                    (f"another store than {self.place} {computed}", "make the store as it was")
+                    if self.place
+                    else (
+                        f"other representations than {self.identity.network} gives here {computed}",
+                        "continue it on a machine like the one it began on",
+                    )
+                )
+                raise RunError(
+                    f"unit {planned.unit.name} of run {run.name!r} was trained on {found}: "
+                    f"{remedy}, or use another --run name"
+                )
+
+
+class Representations:
+    """Opens networks of one data set as senders, or as receivers whose representations are expected.
+
+    Stores are made where they are missing; with the live source there are none.
+    """
+
+    def __init__(
+        self, root: Root, dataset: Dataset, load: Load, *, source: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._root = root
+        self._dataset = dataset
+        self._load = load
+        self._source = source
+        self._dtype = dtype
+        self._device = device
+
+    def sender(self, name: NetworkName) -> tuple[Source, OrderedSplit, Origin]:
+        """A sender's source, and its training images in order."""
+        if self._source == "live":
+            live = LiveSource(self.live(name, self._dataset.train), self.live(name, self._dataset.test))
+            return live, LiveSplitInOrder(live.train), self._live_origin(name)
+        store = self._store(name)
+        if self._source == "streamed":
+            ordered = StoredSplitInOrder(store, dtype=self._dtype, device=self._device)
+            return StreamedSource(store, dtype=self._dtype, device=self._device), ordered, _origin(store)
+        resident = ResidentSource.load(store, dtype=self._dtype, device=self._device)
+        return resident, ResidentSplitInOrder(resident), _origin(store)
+
+    def expected(self, name: NetworkName) -> tuple[OrderedSplit, Origin]:
+        """A receiver's own representations of the training images, in order."""
+        if self._source == "live":
+            return LiveSplitInOrder(self.live(name, self._dataset.train)), self._live_origin(name)
+        store = self._store(name)
+        return StoredSplitInOrder(store, dtype=self._dtype, device=self._device), _origin(store)
+
+    def live(self, name: NetworkName, split: Split) -> LiveSplit:
+        """Images as a network sees them that runs as it would for a store, with the store's rounding."""
+        network, identity = self._load(name), self._identity(name)
+        return LiveSplit(
+            FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=self._device),
+            network.record.normalisation,
+            split,
+            stored=DTYPES[identity.dtype],
+            dtype=self._dtype,
+        )
+
+    def _identity(self, name: NetworkName) -> StoreIdentity:
+        """Of the store that a sweep would make."""
+        return store_identity(self._dataset, self._load(name), dtype="bf16", compress="none", device=self._device)
+
+    def _live_origin(self, name: NetworkName) -> Origin:
+        return Origin(self._identity(name), "")
+
+    def _store(self, name: NetworkName) -> ActivationStore:
+        path = self._root.store(self._dataset.name, name)
+        if not path.exists():
+            log.info("%s has no activation store yet: making %s", name, path)
+        return ensure_store(path, self._dataset, self._load(name), device=self._device, content_only=True)[0]
+
+
+def _origin(store: ActivationStore) -> Origin:
+    return Origin(store.identity, str(store.path))

@@ -1,0 +1,114 @@
+"""The choice of a source on this machine, where it depends on how fast representations can be read and computed."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from fastsitch.activations.batch import Shape
+from fastsitch.activations.live import PASS_IMAGES, LiveSplit
+from fastsitch.activations.store import ActivationStore
+from fastsitch.data import Dataset
+from fastsitch.files import drop_from_cache, free_space
+from fastsitch.machine import available_memory
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
+from fastsitch.sweep.choose_source import (
+    STORED_ITEMSIZE,
+    SourceChoice,
+    SourceRates,
+    choose_source,
+    elements,
+    source_costs,
+)
+from fastsitch.sweep.config import SweepConfig
+from fastsitch.sweep.plan import plan_units
+from fastsitch.sweep.senders import Load, Representations
+
+_SAMPLE_BYTES = 64 << 20
+
+
+def choose_measured(
+    root: Root,
+    config: SweepConfig,
+    shapes: Mapping[NetworkName, Sequence[Shape]],
+    dataset: Dataset,
+    load: Load,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> SourceChoice:
+    """The source of a sweep that begins now; see :func:`fastsitch.sweep.choose_source.choose_source`."""
+
+    def rates() -> SourceRates:
+        """Of the sender with the largest representations, or of the disk while it has no store."""
+        name = max((planned.sender for planned in plan_units(config)), key=lambda name: elements(shapes[name]))
+        path = root.store(config.dataset, name)
+        store = ActivationStore.open(path) if path.exists() else None
+        live = Representations(root, dataset, load, source="live", dtype=dtype, device=device)
+        return SourceRates(
+            read=disk_rate(path) if store is None else store_rate(store),
+            image=elements(shapes[name]) * STORED_ITEMSIZE if store is None else store.image_bytes,
+            live=live_rate(live.live(name, dataset.train)),
+        )
+
+    costs = source_costs(
+        root,
+        config,
+        shapes,
+        images=(len(dataset.train), len(dataset.test)),
+        pixels=dataset.train.images[0].numel(),
+        itemsize=dtype.itemsize,
+    )
+    return choose_source(
+        config, costs, available=available_memory(device), free_disk=free_space(root.path), rates=rates
+    )
+
+
+def store_rate(store: ActivationStore) -> float:
+    """Bytes per second of reading some training chunks of every position, spread over the store, from the disk."""
+    pieces = max(1, _SAMPLE_BYTES // (len(store.positions) * (4 << 20)))
+    read, seconds = 0, 0.0
+    for position in store.positions:
+        step = store.chunk_images("train", position.index)
+        # the last chunk, which may be short, is left out where there are others
+        chunks = max(1, store.sizes["train"] // step)
+        for number in sorted({k * chunks // pieces for k in range(pieces)}):
+            drop_from_cache(store.chunk_file("train", position.index, number))
+            begun = time.perf_counter()
+            values = store.read("train", position.index, number * step, min((number + 1) * step, store.sizes["train"]))
+            seconds += time.perf_counter() - begun
+            read += values.nbytes
+    return read / seconds
+
+
+def disk_rate(folder: Path) -> float:
+    """Bytes per second of reading a scratch file from the disk of ``folder``, or of its nearest parent."""
+    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    with tempfile.NamedTemporaryFile(dir=place, prefix=".fastsitch-scratch-") as file:
+        file.write(os.urandom(_SAMPLE_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+        drop_from_cache(Path(file.name))
+        begun = time.perf_counter()
+        size = len(Path(file.name).read_bytes())
+        return size / (time.perf_counter() - begun)
+
+
+def live_rate(split: LiveSplit) -> float:
+    """Images per second of running the sender; the median of 3, after one that warms up."""
+    images = min(PASS_IMAGES, len(split))
+    times = [_seconds(lambda: split.represent(slice(0, images)), split.labels.device) for _ in range(4)]
+    return images / statistics.median(times[1:])
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    begun = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
