@@ -239,6 +239,25 @@ def test_moments_of_the_inputs_are_computed_once_for_all_receivers(pair: Pair) -
         assert torch.equal(moments.cross_FD, again[cell].cross_FD)
 
 
+def test_moments_at_small_ratios_follow_from_those_at_the_largest(pair: Pair) -> None:
+    """They agree with those that are accumulated where no larger ratio is asked for, and are symmetric to the bit."""
+    receiver, labels = ResidentSplitInOrder(pair.receiver), pair.receiver.train.labels
+    largest = {0: 8, 1: 8, 2: 4, 3: 2, 4: 1}
+    derived = 0
+    for j in range(len(receiver.shapes)):
+        alone = [receiver.images(j, 0, IMAGES).permute(0, 3, 1, 2)]
+        direct = moments_of(pair.sender, ResidentSource.from_tensors(alone, alone, labels, labels))
+        for i, most in largest.items():
+            own, wanted = pair.moments[i, j].inputs, direct[i, 0].inputs
+            assert own.rows == wanted.rows
+            torch.testing.assert_close(own.mean_F, wanted.mean_F, rtol=1e-13, atol=1e-14)
+            size = wanted.scatter_FF.diagonal().max().item()
+            torch.testing.assert_close(own.scatter_FF, wanted.scatter_FF, rtol=1e-13, atol=1e-13 * size)
+            assert torch.equal(own.scatter_FF, own.scatter_FF.T)
+            derived += pair.moments[i, j].geometry.down < most
+    assert derived == 16
+
+
 def test_little_memory_takes_more_passes_to_the_same_bits(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(moments_module, "_STATISTICS_BYTES", 40_000)
     done: list[int] = []

@@ -2,17 +2,21 @@
 
 import re
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from fastsitch.activations import precompute as precompute_module
+from fastsitch.activations import writer as writer_module
 from fastsitch.activations.precompute import ensure_store, store_identity
 from fastsitch.activations.resident import ResidentSource
 from fastsitch.activations.store import ActivationStore
-from fastsitch.activations.writer import writing
+from fastsitch.activations.writer import StoreWriter, writing
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.errors import BusyError, ConfigError, FastsitchError, MemoryLimitError, NetworkError, StoreError
 from fastsitch.files import exclusive
@@ -234,6 +238,78 @@ def test_values_that_fp16_cannot_hold_are_refused(data: Dataset, network: Networ
     with pytest.raises(StoreError, match="R1111 has values at position layer4.0 that fp16 cannot hold"):
         ensure_store(tmp_path / "R1111", data, scaled, dtype="fp16", device=CPU)
     assert not (tmp_path / "R1111").exists()
+
+
+def writer_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name.startswith("store-writer")]
+
+
+def test_overlapping_changes_no_byte(
+    data: Dataset, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next block is computed while one is written, and the store is that of one thing after the other."""
+    # 16 images of position 0 per chunk: several blocks, whole chunks at every position, and a part at the end
+    monkeypatch.setattr(writer_module, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(writer_module, "MAX_CHUNK_IMAGES", 64)
+    computed, met, writers = threading.Event(), [], set()
+    forward, write = precompute_module.forward_block, StoreWriter.write
+
+    def forward_and_tell(*arguments: Any) -> Any:
+        block = forward(*arguments)
+        if writers:
+            computed.set()
+        return block
+
+    def write_late(*arguments: Any) -> None:
+        writers.add(threading.current_thread())
+        if not met:
+            # the first write cannot end before another block has been computed
+            met.append(computed.wait(timeout=60))
+        write(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(precompute_module, "forward_block", forward_and_tell)
+        patched.setattr(StoreWriter, "write", write_late)
+        make(tmp_path / "overlapping" / "R1111", data, network)
+    assert met == [True]
+    assert len(writers) == 1
+    assert not writer_threads()
+    identity = store_identity(data, network, dtype="bf16", compress="none", device=CPU)
+    frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=CPU)
+    sizes = {"train": 300, "test": 70}
+    with writing(tmp_path / "R1111", identity, network.chain.positions, sizes) as writer:
+        assert writer.block_images == 64
+        for name, split in (("train", data.train), ("test", data.test)):
+            for start in range(0, len(split), 64):
+                x = network.record.normalisation.apply(split.images[start : start + 64])
+                for index, representation in enumerate(frozen.representations(x)):
+                    writer.write(name, index, start, representation.permute(0, 2, 3, 1))
+            writer.write_samples(name, split.labels, torch.arange(len(split)))
+    assert contents(tmp_path / "overlapping" / "R1111") == contents(tmp_path / "R1111")
+
+
+@pytest.mark.parametrize("failing", ["write", "write_samples", "forward", "report"])
+def test_an_error_ends_the_writing_thread_and_leaves_no_store(
+    failing: str, data: Dataset, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt if failing == "report" else OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        if failing == "forward":
+            patched.setattr(FrozenNetwork, "representations", fail)
+        elif failing != "report":
+            patched.setattr(StoreWriter, failing, fail)
+        with pytest.raises(KeyboardInterrupt if failing == "report" else OSError, match="^$|No space left on device"):
+            ensure_store(tmp_path / "R1111", data, network, device=CPU, report=fail if failing == "report" else None)
+    assert not writer_threads()
+    assert not (tmp_path / "R1111").exists()
+    # the next attempt finds neither the lock nor what is left of this one in its way
+    assert make(tmp_path / "R1111", data, network).sizes == {"train": 300, "test": 70}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def load_copy(network: Network) -> Network:

@@ -1,15 +1,19 @@
 """Run a network once over a data set and keep its representations."""
 
 from collections.abc import Callable
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from fastsitch.activations.background import Background
 from fastsitch.activations.live import PASS_IMAGES
 from fastsitch.activations.store import ActivationStore, StoreIdentity, remedy, stale
 from fastsitch.activations.writer import StoreWriter, writing
-from fastsitch.data import Dataset, Split
+from fastsitch.data import Dataset
 from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
 from fastsitch.machine import DTYPES, native_bf16
@@ -67,15 +71,20 @@ def ensure_store(
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=device)
         done, total = 0, sum(sizes.values())
-        with writing(path, identity, network.chain.positions, sizes) as writer:
+        with (
+            writing(path, identity, network.chain.positions, sizes) as writer,
+            Background("store-writer") as background,
+        ):
             for name, split in (("train", dataset.train), ("test", dataset.test)):
                 for start in range(0, len(split), writer.block_images):
-                    end = min(start + writer.block_images, len(split))
-                    _write_block(writer, frozen, network, name, split, start, end)
-                    done += end - start
+                    images = split.images[start : start + writer.block_images]
+                    block = forward_block(frozen, network, images, DTYPES[dtype])
+                    # at most two blocks are in memory: one being written, one being computed
+                    background.run(block.write, writer, name, start)
+                    done += len(images)
                     if report is not None:
                         report(done, total)
-                writer.write_samples(name, split.labels, torch.arange(len(split)))
+                background.run(writer.write_samples, name, split.labels, torch.arange(len(split)))
         return ActivationStore.open(path), True
 
 
@@ -88,24 +97,48 @@ def open_fitting(path: Path, identity: StoreIdentity, *, content_only: bool) -> 
     return store
 
 
-def _write_block(
-    writer: StoreWriter,
-    frozen: FrozenNetwork,
-    network: Network,
-    name: str,
-    split: Split,
-    start: int,
-    end: int,
-) -> None:
-    """Forward images start ... end - 1 in batches and write whole chunks at every position."""
-    outputs: list[list[torch.Tensor]] = [[] for _ in frozen.positions]
-    for first in range(start, end, PASS_IMAGES):
-        images = split.images[first : min(first + PASS_IMAGES, end)].to(frozen.device)
-        x = network.record.normalisation.apply(images)
-        for collected, representation in zip(outputs, frozen.representations(x), strict=True):
-            collected.append(representation.permute(0, 2, 3, 1).to(DTYPES[writer.identity.dtype]))
-    for position, collected in zip(frozen.positions, outputs, strict=True):
-        block = torch.cat(collected)
-        step = writer.chunk_images(position)
-        assert start % step == 0
-        writer.write(name, position.index, start, block)
+@dataclass(frozen=True)
+class Block:
+    """Representations (N, H, W, C) of consecutive images at every position, in the memory of the host."""
+
+    representations: list[Tensor]
+    copied: torch.cuda.Event | None
+    """On CUDA: the moment from which the values are there."""
+
+    def write(self, writer: StoreWriter, split: str, start: int) -> None:
+        """Write whole chunks at every position, from image ``start``."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        for index, x_NHWC in enumerate(self.representations):
+            writer.write(split, index, start, x_NHWC)
+
+
+@torch.no_grad()
+def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype: torch.dtype) -> Block:
+    """Run images (N, H, W, 3) through the network in batches. On CUDA this returns while the device is at work."""
+    device = frozen.device
+    cuda = device.type == "cuda"
+    # pinned memory and a stream of their own let the copies run beside the next batches
+    copies = _copy_stream(device) if cuda else None
+    block = []
+    for position in frozen.positions:
+        channels, height, width = position.shape
+        block.append(torch.empty(len(images), height, width, channels, dtype=dtype, pin_memory=cuda))
+    for start in range(0, len(images), PASS_IMAGES):
+        batch = images[start : start + PASS_IMAGES]
+        batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch
+        x = network.record.normalisation.apply(batch)
+        outputs = [representation.permute(0, 2, 3, 1).to(dtype) for representation in frozen.representations(x)]
+        if copies is not None:
+            copies.wait_stream(torch.cuda.current_stream(device))
+        with nullcontext() if copies is None else torch.cuda.stream(copies):
+            for host, x_NHWC in zip(block, outputs, strict=True):
+                host[start : start + len(batch)].copy_(x_NHWC, non_blocking=cuda)
+                if copies is not None:
+                    x_NHWC.record_stream(copies)
+    return Block(block, None if copies is None else copies.record_event())
+
+
+@cache
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]

@@ -4,8 +4,7 @@ For a sender position and a ratio k let X be the inputs of the stitch's GEMM, on
 resolution; for a receiver position let Y be the expected representation, averaged over the u*u cells that share a row
 where the stitch upsamples. Kept are means and centred products: X'X of the inputs, shared by all receivers; X'Y of a
 cell; and the squares of the expected values before averaging. (With a 1 appended to X, X'X and X'Y hold the same.)
-The means of the first images are subtracted from everything while it is accumulated: a channel that hardly varies
-about a large mean would otherwise be lost in rounding.
+The moments of the inputs at a ratio follow from those at a multiple of it, so X'X is accumulated once per position.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,19 +12,12 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.errors import ConfigError
-from fastsitch.kernels import space_to_depth
 from fastsitch.stitching.geometry import Geometry
-
-_CHUNK_IMAGES = 64
-"""Images per product: small enough for the cache, and a divisor of a store's read."""
-
-_TRIANGLE = 128
-"""X'X is symmetric: it is computed in stripes of so many rows, each from its diagonal on."""
+from fastsitch.stitching.products import ExpectedRows, Products, chunk_images
 
 _STATISTICS_BYTES = 1 << 30
 """Products that are accumulated in one pass over the images; more of them take more passes."""
@@ -84,7 +76,7 @@ class CellMoments:
 class SenderMoments:
     """One sender's training images, and the moments of their inputs, computed once for all receivers.
 
-    ``passes`` counts how often moments of inputs were accumulated: once per sender position and ratio.
+    ``passes`` counts how often moments of inputs were computed: once per sender position and ratio.
     """
 
     def __init__(self, split: OrderedSplit) -> None:
@@ -92,15 +84,36 @@ class SenderMoments:
         self.passes = 0
         self._inputs: dict[tuple[int, int], Inputs] = {}
 
-    def has(self, i: int, down: int) -> bool:
-        return (i, down) in self._inputs
+    def follows(self, i: int, down: int) -> bool:
+        """Whether the moments at a ratio are known, or follow from those at a multiple of it."""
+        return any(position == i and known % down == 0 for position, known in self._inputs)
 
     def inputs(self, i: int, down: int) -> Inputs:
+        if (i, down) not in self._inputs:
+            multiple = min(known for position, known in self._inputs if position == i and known % down == 0)
+            self.keep(i, down, _at_smaller_ratio(self._inputs[i, multiple], multiple, down))
         return self._inputs[i, down]
 
     def keep(self, i: int, down: int, inputs: Inputs) -> None:
         self.passes += 1
         self._inputs[i, down] = inputs
+
+
+def _at_smaller_ratio(inputs: Inputs, down: int, smaller: int) -> Inputs:
+    """Moments at a ratio that divides ``down``: each cell splits into parts, whose inputs are some of its own.
+
+    The scatter is that within each part, a block of the given one, and that between the parts' means.
+    """
+    split = down // smaller
+    index = torch.arange(len(inputs.mean_F), device=inputs.mean_F.device)
+    part = index.view(split, smaller, split, smaller, -1).transpose(1, 2).reshape(split**2, -1)
+    means = inputs.mean_F[part]
+    mean_F = means.mean(0)
+    scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=mean_F.dtype, device=mean_F.device)
+    for own in part:
+        scatter_FF += inputs.scatter_FF[own[:, None], own]
+    scatter_FF.addmm_((means - mean_F).T, means - mean_F, alpha=inputs.rows)
+    return Inputs(inputs.rows * split**2, mean_F, _mirrored(scatter_FF))
 
 
 @torch.no_grad()
@@ -118,120 +131,73 @@ def pair_moments(
         (i, j): Geometry.between(origin, target)
         for (i, origin), (j, target) in product(enumerate(split.shapes), enumerate(receiver.shapes))
     }
-    images = len(split.labels)
+    images, device = len(split.labels), split.labels.device
+    step = chunk_images(device)
     cells: dict[tuple[int, int], CellMoments] = {}
     several = list(_passes(sender, geometries))
-    for number, accumulators in enumerate(several):
-        expected = _Expected(receiver, split.labels.device)
-        for start in range(0, images, _CHUNK_IMAGES):
-            stop = min(start + _CHUNK_IMAGES, images)
-            expected.load(start, stop, {j for own in accumulators for j in own.targets})
-            for accumulator in accumulators:
-                accumulator.add(split.images(accumulator.i, start, stop), expected)
+    for number, together in enumerate(several):
+        expected = ExpectedRows(receiver, device)
+        sizes = dict.fromkeys(size for products in together for size in products.up)
+        for start in range(0, images, step):
+            stop = min(start + step, images)
+            expected.load(start, stop, sizes)
+            for products in together:
+                products.add(split.images(products.i, start, stop), expected)
             if report is not None:
                 report(number * images + stop, len(several) * images)
-        for accumulator in accumulators:
-            cells |= accumulator.finish(sender, expected)
+        for products in together:
+            products.release()
+            cells |= _centred(products, sender, expected)
     return {cell: cells[cell] for cell in geometries}
 
 
-class _Expected:
-    """The expected rows of a chunk of images at every receiver position, and the sums of their squares so far."""
-
-    def __init__(self, split: OrderedSplit, device: torch.device) -> None:
-        self._split = split
-        self._device = device
-        self._chunk: dict[tuple[int, int], Tensor] = {}
-        self.shift_D: dict[int, Tensor] = {}
-        self.sum_D: dict[int, Tensor] = {}
-        self.squares_D: dict[int, Tensor] = {}
-
-    def load(self, start: int, stop: int, positions: set[int]) -> None:
-        self._chunk = {}
-        for j in positions:
-            y_NPQD = self._split.images(j, start, stop).to(self._device)
-            if j not in self.shift_D:
-                self.shift_D[j] = y_NPQD.mean((0, 1, 2), dtype=torch.float64)
-            self._chunk[j, 1] = y_NPQD - self.shift_D[j]
-            rows = self._chunk[j, 1].flatten(0, 2)
-            self.sum_D[j] = self.sum_D.get(j, 0) + rows.sum(0)
-            self.squares_D[j] = self.squares_D.get(j, 0) + rows.square().sum(0)
-
-    def rows(self, j: int, up: int) -> Tensor:
-        """(M, D): the expected values, averaged over the up x up cells that share a row."""
-        if (j, up) not in self._chunk:
-            # channels-last, so that the average is a pass over contiguous channels
-            averaged = F.avg_pool2d(self._chunk[j, 1].permute(0, 3, 1, 2), up)
-            self._chunk[j, up] = averaged.permute(0, 2, 3, 1)
-        return self._chunk[j, up].flatten(0, 2)
+def _centred(products: Products, sender: SenderMoments, expected: ExpectedRows) -> dict[tuple[int, int], CellMoments]:
+    """The moments that follow from the products; those of the inputs go to the sender where they are new."""
+    i, rows, sum_F = products.i, products.rows, products.sum_F
+    if products.products_FF is not None:
+        assert products.shift_F is not None
+        scatter_FF = _mirrored(products.products_FF.addr_(sum_F, sum_F, alpha=-1 / rows))
+        sender.keep(i, products.down, Inputs(rows, products.shift_F + sum_F / rows, scatter_FF))
+    inputs = sender.inputs(i, products.down)
+    offset_D = {size: expected.sum_D[size] / (rows * up**2) for size, up in products.up.items()}
+    for size, offset in offset_D.items():
+        products.cross[size].addr_(sum_F, offset, alpha=-1)
+    cells = {}
+    for j, geometry in products.targets.items():
+        size, own = geometry.receiver[1:], expected.columns[j]
+        offset = offset_D[size][own]
+        scatter_D = expected.squares_D[size][own] - expected.sum_D[size][own] * offset
+        cross_FD = products.cross[size][:, own].contiguous()
+        cells[i, j] = CellMoments(geometry, inputs, expected.shift_D[size][own] + offset, cross_FD, scatter_D)
+    return cells
 
 
-class _Accumulator:
-    """The running products of one sender position and ratio."""
-
-    def __init__(self, i: int, down: int, targets: Mapping[int, Geometry], *, new: bool, device: torch.device) -> None:
-        self.i = i
-        self.down = down
-        self.targets = targets
-        features = next(iter(targets.values())).features
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(*shape, dtype=torch.float64, device=device)
-
-        self.rows = 0
-        self.shift_F: Tensor | None = None
-        self.sum_F = zeros(features)
-        self.products_FF = zeros(features, features) if new else None
-        self.cross_FD = {j: zeros(features, geometry.receiver[0]) for j, geometry in targets.items()}
-
-    def add(self, x_NHWC: Tensor, expected: _Expected) -> None:
-        provided_MF = space_to_depth(x_NHWC, self.down).flatten(0, 2)
-        if self.shift_F is None:
-            self.shift_F = provided_MF.mean(0, dtype=torch.float64)
-        x_MF = provided_MF - self.shift_F
-        self.rows += x_MF.shape[0]
-        self.sum_F += x_MF.sum(0)
-        if self.products_FF is not None:
-            for start in range(0, x_MF.shape[1], _TRIANGLE):
-                stripe = slice(start, start + _TRIANGLE)
-                self.products_FF[stripe, start:].addmm_(x_MF[:, stripe].T, x_MF[:, start:])
-        for j, geometry in self.targets.items():
-            self.cross_FD[j].addmm_(x_MF.T, expected.rows(j, geometry.up))
-
-    def finish(self, sender: SenderMoments, expected: _Expected) -> dict[tuple[int, int], CellMoments]:
-        """Centre everything; hand the moments of the inputs to the sender where they are new."""
-        assert self.shift_F is not None
-        if self.products_FF is not None:
-            # exact copies above the diagonal, so that the result is symmetric to the bit
-            products = self.products_FF.triu_()
-            products += products.triu(1).T
-            products.addr_(self.sum_F, self.sum_F, alpha=-1 / self.rows)
-            sender.keep(self.i, self.down, Inputs(self.rows, self.shift_F + self.sum_F / self.rows, products))
-        inputs = sender.inputs(self.i, self.down)
-        cells = {}
-        for j, geometry in self.targets.items():
-            offset_D = expected.sum_D[j] / (self.rows * geometry.up**2)
-            cross_FD = self.cross_FD[j].addr_(self.sum_F, offset_D, alpha=-1)
-            scatter_D = expected.squares_D[j] - expected.sum_D[j] * offset_D
-            cells[self.i, j] = CellMoments(geometry, inputs, expected.shift_D[j] + offset_D, cross_FD, scatter_D)
-        return cells
+def _mirrored(products_FF: Tensor) -> Tensor:
+    """Exact copies of what is above the diagonal below it, in place: symmetric to the bit."""
+    products_FF.triu_()
+    products_FF += products_FF.triu(1).T
+    return products_FF
 
 
-def _passes(sender: SenderMoments, geometries: Mapping[tuple[int, int], Geometry]) -> Iterator[list[_Accumulator]]:
+def _passes(sender: SenderMoments, geometries: Mapping[tuple[int, int], Geometry]) -> Iterator[list[Products]]:
     """All products, as many at a time as fit into the memory set aside for them."""
     targets: dict[tuple[int, int], dict[int, Geometry]] = {}
     for (i, j), geometry in geometries.items():
         targets.setdefault((i, geometry.down), {})[j] = geometry
-    together: list[_Accumulator] = []
+    together: list[Products] = []
     taken = 0
-    for (i, down), own in targets.items():
-        new = not sender.has(i, down)
-        features = next(iter(own.values())).features
-        size = 8 * features * (features * new + sum(geometry.receiver[0] for geometry in own.values()))
+    accumulated: set[tuple[int, int]] = set()
+    # the largest ratio first: the moments of the inputs at its divisors follow from it
+    for (i, down), members in sorted(targets.items(), key=lambda entry: (entry[0][0], -entry[0][1])):
+        own = not sender.follows(i, down) and not any(known % down == 0 for at, known in accumulated if at == i)
+        features = next(iter(members.values())).features
+        size = 8 * features * (features * own + sum(geometry.receiver[0] for geometry in members.values()))
         if together and taken + size > _STATISTICS_BYTES:
             yield together
             together, taken = [], 0
-        together.append(_Accumulator(i, down, own, new=new, device=sender.split.labels.device))
+        if own:
+            accumulated.add((i, down))
+        together.append(Products(i, down, members, own=own, device=sender.split.labels.device))
         taken += size
     yield together
 
