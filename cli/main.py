@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 from fastsitch import __version__
-from fastsitch.cli import console, info, results, work
+from fastsitch.cli import bench, console, info, results, work
 from fastsitch.errors import FastsitchError
 
 app = typer.Typer(
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for register in (work.register, results.register, info.register):
+for register in (work.register, results.register, bench.register, info.register):
     register(app)
 
 

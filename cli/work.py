@@ -18,6 +18,7 @@ from fastsitch.cli.options import (
     RootOption,
     TrainDatasetOption,
     comma_separated,
+    whole_numbers,
 )
 from fastsitch.cli.results import summary
 from fastsitch.data import DEFAULT_DATASET
@@ -155,7 +156,7 @@ def sweep(
     pairs = (comma_separated(senders), comma_separated(receivers))
     options: dict[str, Any] = {
         "settings": comma_separated(settings),
-        "seeds": _numbers("--seeds", seeds),
+        "seeds": whole_numbers("--seeds", seeds),
         "recipe": recipe,
         "epochs": epochs,
         "lr": lr,
@@ -218,10 +219,3 @@ def demo(
     typer.echo(f"{duration(time.monotonic() - start)}; matrices and heat maps in {out}/")
     if not all(passed for _, passed in result.checks):
         raise typer.Exit(1)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in comma_separated(text)]
-    except ValueError:
-        raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from None

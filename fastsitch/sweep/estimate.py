@@ -27,6 +27,7 @@ from fastsitch.sweep.plan import (
     split_groups,
     unit_cells,
 )
+from fastsitch.sweep.profile import find_tuning, tuned_group_size
 
 ASSUMED_WIDTH = 64
 """Width of a network that is not trained yet: that of the published study."""
@@ -105,7 +106,12 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
     pairs = [(len(shapes[planned.sender]), shapes[planned.receiver]) for planned in units]
     if config.group_size == "auto":
         budget = int(0.4 * max(0, available_memory(torch_device) - resident))
-        group_size = automatic_group_size(pairs, config.recipe.batch_size, dtype.itemsize, budget)
+        fits = automatic_group_size(pairs, config.recipe.batch_size, dtype.itemsize, budget)
+        width = max(shapes[name][0][0] for name in shapes)
+        tuning = find_tuning(
+            root.path, torch_device, width=width, batch_size=config.recipe.batch_size, precision=precision
+        )
+        group_size = tuned_group_size(tuning, fits)
     else:
         group_size = int(config.group_size)
     estimates: list[UnitEstimate] = []

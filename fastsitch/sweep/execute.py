@@ -38,6 +38,7 @@ from fastsitch.stitching.matching import Matched
 from fastsitch.sweep.config import SweepConfig, checked_run_name
 from fastsitch.sweep.matched import MatchedStitches
 from fastsitch.sweep.plan import PlannedUnit, automatic_group_size, plan_units, split_groups, unit_cells
+from fastsitch.sweep.profile import find_tuning, tuned_compile, tuned_group_size
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
 
 log = logging.getLogger(__name__)
@@ -320,8 +321,15 @@ def _new_run(
         for network in inputs.values()
     )
     budget = int(_MEMORY_SHARE * max(0, available_memory(device) - resident))
+    tuning = find_tuning(
+        path.parents[2],
+        device,
+        width=max(network.width for network in inputs.values()),
+        batch_size=config.recipe.batch_size,
+        precision=precision,
+    )
     group_size = (
-        automatic_group_size(pairs, config.recipe.batch_size, itemsize, budget)
+        tuned_group_size(tuning, automatic_group_size(pairs, config.recipe.batch_size, itemsize, budget))
         if config.group_size == "auto"
         else int(config.group_size)
     )
@@ -329,7 +337,7 @@ def _new_run(
         device=device.type,
         precision=precision,
         kernel=resolve_kernel(config.kernel, device),
-        compile=resolve_compile(config.compile, device),
+        compile=resolve_compile(tuned_compile(tuning, config.compile), device),
         group_size=group_size,
         source="resident",
     )
