@@ -72,7 +72,6 @@ def test_smaller_groups_compute_the_same() -> None:
     whole, parted = Engine(problem, problem.cells), Engine(problem, problem.cells, 7)
     for engine in (whole, parted):
         engine.run(problem.batches(2))
-    assert len(parted.counts) == 4
     for cell, stitch in whole.stitches().items():
         for own, other in zip(stitch, parted.stitches()[cell], strict=True):
             torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
@@ -149,7 +148,7 @@ def test_flops_are_those_that_are_really_done() -> None:
     counts = counter.get_flop_counts()["Global"]
     convolutions = sum(count for operator, count in counts.items() if "convolution" in str(operator))
     assert convolutions == 8 * expected.convolutions
-    bare = BareConvolutions(problem.receiver, engine.counts[0], 8, torch.float32, CPU)
+    bare = BareConvolutions(problem.receiver, [5] * 5, 8, torch.float32, CPU)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         bare.run()
     assert counter.get_total_flops() == 2 * sum(bare.flops) == convolutions

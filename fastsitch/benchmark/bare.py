@@ -21,8 +21,15 @@ class BareConvolutions:
     """
 
     def __init__(
-        self, chain: SmallResNet, counts: Sequence[int], images: int, dtype: torch.dtype, device: torch.device
+        self,
+        chain: SmallResNet,
+        counts: Sequence[int],
+        images: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pools: dict[str, Tensor] | None = None,
     ) -> None:
+        """``pools`` is filled with random data, and shared by all that get the same one."""
         shapes = [position.shape for position in chain.positions]
         samples = [count * images for count in itertools.accumulate(counts)][:-1]
         blocks = [cast(FoldedBlock, block) for block in FoldedTail(chain, dtype).to(device).blocks]
@@ -30,7 +37,7 @@ class BareConvolutions:
         self.samples = samples
         self.flops = [own * count for own, count in zip(block_flops(shapes), samples, strict=True)]
         """Of every block, forward; the gradient takes as many."""
-        pools: dict[str, Tensor] = {}
+        pools = {} if pools is None else pools
 
         def data(role: str, count: int, shape: Shape) -> Tensor:
             """Channels-last views of one random tensor per role, as large as the largest block wants it."""
@@ -38,7 +45,7 @@ class BareConvolutions:
                 number * max(_elements(before), _elements(after))
                 for number, (before, after) in zip(samples, itertools.pairwise(shapes), strict=True)
             )
-            if role not in pools:
+            if role not in pools or len(pools[role]) < largest:
                 pools[role] = torch.randn(largest, device=device).to(dtype)
             channels, height, width = shape
             part = pools[role][: count * _elements(shape)]
@@ -84,11 +91,18 @@ class BareGroups:
     """The floor of several groups one after the other; groups of the same shapes share their data."""
 
     def __init__(
-        self, chain: SmallResNet, counts: Sequence[list[int]], images: int, dtype: torch.dtype, device: torch.device
+        self,
+        chain: SmallResNet,
+        counts: Sequence[list[int]],
+        images: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pools: dict[str, Tensor],
     ) -> None:
-        distinct = {tuple(own) for own in counts}
+        # the largest first: the others then share its data
+        distinct = sorted({tuple(own) for own in counts}, key=sum, reverse=True)
         # a group of stitches into the last position alone touches no convolution
-        known = {own: BareConvolutions(chain, own, images, dtype, device) for own in distinct if any(own[:-1])}
+        known = {own: BareConvolutions(chain, own, images, dtype, device, pools) for own in distinct if any(own[:-1])}
         self._groups = [known[tuple(own)] for own in counts if tuple(own) in known]
 
     @torch.no_grad()

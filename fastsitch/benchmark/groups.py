@@ -12,10 +12,10 @@ from fastsitch.benchmark.problem import Problem
 from fastsitch.benchmark.timing import Clock, Spread, alternate, ratios
 from fastsitch.machine import available_memory
 from fastsitch.stitching.cells import Cell
-from fastsitch.sweep.plan import group_memory
+from fastsitch.sweep.plan import group_memory, split_groups
 
-_MEMORY_SHARE = 0.3
-"""Of the free memory, for the engine; the bare convolutions take about as much."""
+_MEMORY_SHARE = 0.5
+"""Of the free memory, for the engine; the bare convolutions take about half as much again."""
 
 _MOST_STEPS, _STEP_CELLS = 4, 100
 
@@ -50,15 +50,21 @@ class GroupMeasure:
 def default_group_sizes(problem: Problem) -> list[int]:
     """1, 5, one unit, and that two and four times over, as far as memory allows."""
     unit = len(problem.cells)
-    return [size for size in sorted({1, min(5, unit), unit, 2 * unit, 4 * unit}) if fits(problem, size)]
+    sizes = sorted({1, min(5, unit), unit, 2 * unit, 4 * unit})
+    while len(sizes) > 1 and not fits(problem, sizes):
+        sizes.pop()
+    return sizes
 
 
-def fits(problem: Problem, group_size: int) -> bool:
-    """Whether a step of so many cells should fit into memory, its floor beside it."""
-    counts = Engine(problem, _cells(problem, group_size), group_size).counts
+def fits(problem: Problem, group_sizes: Sequence[int]) -> bool:
+    """Whether steps of all these group sizes should fit into memory side by side, and the floor beside them."""
     shapes = [position.shape for position in problem.frozen.positions]
-    most = max(group_memory(own, shapes, problem.batch_size, problem.dtype.itemsize) for own in counts)
-    return most <= _MEMORY_SHARE * available_memory(problem.device)
+    needed = sum(
+        group_memory(counts, shapes, problem.batch_size, problem.dtype.itemsize)
+        for size in group_sizes
+        for counts in _counts(problem, size)
+    )
+    return needed <= _MEMORY_SHARE * available_memory(problem.device)
 
 
 def measure_groups(
@@ -67,34 +73,39 @@ def measure_groups(
     repeats: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GroupMeasure]:
-    """Every group size in every round, alternating; one round before that warms up.
+    """Every group size in every round, alternating with its floor, after one round that warms up; then the parts.
 
     Groups smaller than a unit share the unit's cells, larger ones take the same cells with further seeds.
     """
     works: dict[str, Callable[[], object]] = {}
-    clocks: dict[int, Clock] = {}
-    part_seconds: dict[int, list[dict[str, float]]] = {size: [] for size in group_sizes}
-    for size in group_sizes:
-        cells = _cells(problem, size)
+    pools: dict[str, torch.Tensor] = {}
+    for size in sorted(group_sizes, reverse=True):
+        engine = Engine(problem, _cells(problem, size), size)
+        counts = _counts(problem, size)
+        bare = BareGroups(problem.receiver, counts, problem.batch_size, problem.dtype, problem.device, pools)
         batches = problem.batches(_steps(size))
-        engine = Engine(problem, cells, size)
-        clocks[size] = Clock(problem.device)
-        timed = Engine(problem, cells, size, clocks[size])
-        bare = BareGroups(problem.receiver, engine.counts, problem.batch_size, problem.dtype, problem.device)
-
-        def run_timed(size: int = size, timed: Engine = timed, batches: list[torch.Tensor] = batches) -> None:
-            clocks[size].seconds.clear()
-            timed.run(batches)
-            part_seconds[size].append({part: time / len(batches) for part, time in clocks[size].seconds.items()})
-
         works[f"step {size}"] = lambda engine=engine, batches=batches: engine.run(batches)  # type: ignore[misc]
         works[f"bare {size}"] = lambda bare=bare, batches=batches: bare.run(len(batches))  # type: ignore[misc]
-        works[f"parts {size}"] = run_timed
     times = alternate(works, repeats + 1, problem.device, progress)
+    works.clear()
+    pools.clear()
     return [
-        _measure(problem, size, times[f"step {size}"][1:], times[f"bare {size}"][1:], part_seconds[size][1:])
+        _measure(problem, size, times[f"step {size}"][1:], times[f"bare {size}"][1:], _parts(problem, size, repeats))
         for size in group_sizes
     ]
+
+
+def _parts(problem: Problem, size: int, repeats: int) -> list[dict[str, float]]:
+    """Seconds of a step by part, in every round, after one that warms up."""
+    clock = Clock(problem.device)
+    engine = Engine(problem, _cells(problem, size), size, clock)
+    batches = problem.batches(_steps(size))
+    found = []
+    for _ in range(repeats + 1):
+        clock.seconds.clear()
+        engine.run(batches)
+        found.append({part: time / len(batches) for part, time in clock.seconds.items()})
+    return found[1:]
 
 
 def _measure(
@@ -126,6 +137,12 @@ def _cells(problem: Problem, group_size: int) -> list[Cell]:
     """One unit, or as many as fill the group."""
     seeds = max(1, group_size // len(problem.cells))
     return [cell for seed in range(seeds) for cell in problem.cells_of(seed)]
+
+
+def _counts(problem: Problem, group_size: int) -> list[list[int]]:
+    """Of every group, the stitches into each receiver position."""
+    groups = split_groups(_cells(problem, group_size), group_size)
+    return [[sum(cell.j == j for cell in group) for j in range(len(problem.frozen.positions))] for group in groups]
 
 
 def _steps(group_size: int) -> int:

@@ -42,11 +42,6 @@ class Engine:
         size = len(cells) if group_size is None else group_size
         self._groups = [self._group(group) for group in split_groups(cells, size)]
 
-    @property
-    def counts(self) -> list[list[int]]:
-        """Of every group, the stitches into each receiver position."""
-        return [bank.counts for _, bank, _ in self._groups]
-
     @torch.no_grad()
     def run(self, batches: Sequence[Tensor]) -> None:
         """One step per batch for the first group, then for the next, as a sweep goes."""

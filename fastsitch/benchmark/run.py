@@ -33,6 +33,9 @@ from fastsitch.sweep.profile import Tuning, machine_name, save_tuning
 TRAINING_STEPS, TRAIN_IMAGES, TEST_IMAGES = 48, 2048, 512
 """The networks are trained for so many steps, so that accuracies say something; speed does not depend on it."""
 
+_AS_FAST = 0.02
+"""Group sizes that are slower than the fastest by no more than this count as equally fast; the largest is chosen."""
+
 Report = Callable[[str, int, int], None]
 """report(what, done, total)."""
 
@@ -149,9 +152,13 @@ def _group_sizes(problem: Problem, config: BenchConfig) -> list[int]:
                 f"--group-sizes {size}: {config.sender} -> {config.receiver} has {unit} cells; expected up to {unit}, "
                 f"or a multiple of it, such as {2 * unit}"
             )
-        if not fits(problem, size):
-            raise FailedError(f"--group-sizes {size}: a step of so many cells does not fit into memory; use fewer")
-    return sorted(set(config.group_sizes)) or default_group_sizes(problem)
+    sizes = sorted(set(config.group_sizes)) or default_group_sizes(problem)
+    if not fits(problem, sizes):
+        raise FailedError(
+            f"--group-sizes {','.join(map(str, sizes))}: steps of so many cells do not fit into memory side by side; "
+            "use fewer cells, or measure them in several runs"
+        )
+    return sizes
 
 
 def _tune(
@@ -159,7 +166,11 @@ def _tune(
 ) -> Tuning:
     """The fastest group size and, with CUDA, whether to compile: both were measured on one machine in one process."""
     rates = {str(measure.group_size): measure.rate.median for measure in groups}
-    best = max(groups, key=lambda measure: measure.rate.median)
+    fastest = max(measure.rate.median for measure in groups)
+    best = max(
+        (measure for measure in groups if measure.rate.median >= (1 - _AS_FAST) * fastest),
+        key=lambda measure: measure.group_size,
+    )
     choice = compiled
     if problem.device.type == "cuda":
         other = "off" if compiled == "on" else "on"
