@@ -9,8 +9,9 @@ from typing import NoReturn
 import typer
 
 from fastsitch import __version__
-from fastsitch.cli import console, info, results, work
+from fastsitch.cli import bench, console, info, results, work
 from fastsitch.errors import FastsitchError
+from fastsitch.machine import out_of_memory
 
 app = typer.Typer(
     name="fastsitch",
@@ -20,7 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for register in (work.register, results.register, info.register):
+for register in (work.register, results.register, bench.register, info.register):
     register(app)
 
 
@@ -62,6 +63,9 @@ def _run() -> int:
         sys.stderr.close()
         return 1
     except Exception as error:
+        if out_of_memory(error):
+            reason = str(error).strip().split("\n")[0]
+            return _fail(f"out of memory: try a smaller --batch-size, --memory or --source streamed ({reason})", 1)
         # a bug or a failing machine: one line, unless the traceback is wanted
         return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastsitch.cli import console
+from fastsitch.errors import ConfigError
 
 RootOption = Annotated[
     Path | None,
@@ -45,3 +46,11 @@ DebugOption = Annotated[
 def comma_separated(text: str) -> list[str]:
     """``"a, b"`` -> ``["a", "b"]``."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """``"1, 2"`` -> ``[1, 2]``; raises ConfigError."""
+    try:
+        return [int(part) for part in comma_separated(text)]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from None

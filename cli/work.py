@@ -18,6 +18,7 @@ from fastsitch.cli.options import (
     RootOption,
     TrainDatasetOption,
     comma_separated,
+    whole_numbers,
 )
 from fastsitch.cli.results import summary
 from fastsitch.data import DEFAULT_DATASET
@@ -134,6 +135,7 @@ def sweep(
     seeds: Annotated[str, typer.Option(help="Seeds of the stitches and the order of images.")] = "0",
     run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="from the configuration")] = None,
     group_size: Annotated[str, typer.Option(help="auto, or the largest number of cells per batch.")] = "auto",
+    memory: Annotated[str, typer.Option(help="auto, or what the sweep may take on the device, such as 8GB.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, bf16 or fp32.")] = "auto",
     kernel: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
     compile_blocks: Annotated[
@@ -159,7 +161,7 @@ def sweep(
     pairs = (comma_separated(senders), comma_separated(receivers))
     options: dict[str, Any] = {
         "settings": comma_separated(settings),
-        "seeds": _numbers("--seeds", seeds),
+        "seeds": whole_numbers("--seeds", seeds),
         "recipe": recipe,
         "epochs": epochs,
         "lr": lr,
@@ -178,7 +180,15 @@ def sweep(
     typer.echo(f"run {name} on {config.dataset}")
     if dry_run:
         show_estimate(
-            fastsitch.estimate(*pairs, dataset=config.dataset, root=root, data_dir=data_dir, device=device, **options)
+            fastsitch.estimate(
+                *pairs,
+                dataset=config.dataset,
+                root=root,
+                data_dir=data_dir,
+                device=device,
+                memory=memory,
+                **options,
+            )
         )
         return
     start = time.monotonic()
@@ -194,6 +204,7 @@ def sweep(
             root=root,
             data_dir=data_dir,
             device=device,
+            memory=memory,
             report=report,
             **options,
         )
@@ -223,10 +234,3 @@ def demo(
     typer.echo(f"{duration(time.monotonic() - start)}; matrices and heat maps in {out}/")
     if not all(passed for _, passed in result.checks):
         raise typer.Exit(1)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in comma_separated(text)]
-    except ValueError:
-        raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from None

@@ -8,6 +8,8 @@ from typing import Any
 from fastsitch.activations.precompute import ensure_store
 from fastsitch.activations.store import ActivationStore
 from fastsitch.advice import command
+from fastsitch.benchmark.config import BenchConfig
+from fastsitch.benchmark.run import BenchResult, Report, run_bench
 from fastsitch.data import DEFAULT_DATASET, canonical_dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.inventory import find_run, infer_dataset
@@ -146,6 +148,7 @@ def sweep(
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
     device: str = "auto",
+    memory: str = "auto",
     report: Callable[[SweepReport], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -155,7 +158,7 @@ def sweep(
     :func:`fastsitch.sweep.config.sweep_config`. Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    return run_sweep(Root.at(root, data_dir), config, run=run, device=device, report=report)
+    return run_sweep(Root.at(root, data_dir), config, run=run, device=device, memory=memory, report=report)
 
 
 def estimate(
@@ -166,11 +169,27 @@ def estimate(
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
     device: str = "auto",
+    memory: str = "auto",
     **options: Any,
 ) -> SweepEstimate:
     """What :func:`sweep` with the same arguments would take; needs neither data nor networks."""
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    return estimate_sweep(Root.at(root, data_dir), config, device)
+    return estimate_sweep(Root.at(root, data_dir), config, device, memory)
+
+
+def bench(
+    *,
+    root: PathLike | None = None,
+    device: str = "auto",
+    report: Report | None = None,
+    **options: Any,
+) -> BenchResult:
+    """Measure this machine; needs neither networks nor files.
+
+    ``options`` are the fields of :class:`fastsitch.benchmark.config.BenchConfig`. Raises ConfigError, and FailedError
+    without any figure when the engine fails its own check.
+    """
+    return run_bench(Root.at(root), BenchConfig(**options), device=device, report=report)
 
 
 def open_run(name: str, *, dataset: str | None = None, root: PathLike | None = None) -> Run:

@@ -1,8 +1,11 @@
 """What this machine can do, and what ``auto`` means on it."""
 
+import ctypes
+import gc
 import os
 import platform
 import sys
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -88,6 +91,23 @@ def available_memory(device: torch.device) -> int:
             if line.startswith("MemAvailable:"):
                 return min(int(line.split()[1]) * 1024, _cgroup_headroom())
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed, on the device or on the host."""
+    # the CPU's allocator has no exception of its own
+    texts = ("can't allocate memory", "not enough memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more: to the device's driver, and to the operating system."""
+    gc.collect()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        with suppress(AttributeError, OSError):
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cgroup_headroom() -> int:

@@ -93,7 +93,7 @@ def test_a_dry_run_needs_nothing_but_names(run_cli: Command, tmp_path: Path) -> 
 
 def test_the_version_and_the_help(run_cli: Command) -> None:
     assert run_cli("--version").stdout == f"fastsitch {fastsitch.__version__}\n"
-    for command in ("train", "precompute", "sweep", "export", "plot", "list", "doctor", "demo"):
+    for command in ("train", "precompute", "sweep", "bench", "export", "plot", "list", "doctor", "demo"):
         shown = run_cli(command, "--help")
         assert shown.returncode == 0
         assert "--root" in shown.stdout

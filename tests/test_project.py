@@ -16,7 +16,7 @@ LAYERS = [
     {"activations"},
     {"stitching"},
     {"sweep"},
-    {"analysis", "report", "inventory"},
+    {"analysis", "benchmark", "report", "inventory"},
     {"api", "demo", "__init__"},
     {"cli"},
 ]

@@ -20,7 +20,7 @@ from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.sweep.config import SweepConfig, sweep_config
-from fastsitch.sweep.plan import group_memory, plan_units, split_groups
+from fastsitch.sweep.plan import plan_units, split_groups
 from fastsitch.sweep.results import Run
 from tests.conftest import save_npz
 
@@ -351,14 +351,9 @@ def test_units_of_one_sender_follow_each_other() -> None:
 def test_groups_are_as_equal_as_can_be(cells: int, size: int, groups: list[int]) -> None:
     split = split_groups([Cell(plan_units(config())[0].unit, 0, k) for k in range(cells)], size)
     assert sorted(map(len, split)) == sorted(groups)
-    assert [cell.j for group in split for cell in group] == list(range(cells))
-
-
-def test_predicted_memory_grows_with_stitches_and_batch() -> None:
-    shapes = [(16, 32, 32), (16, 32, 32), (32, 16, 16)]
-    base = group_memory([5, 5, 5], shapes, 64, 2)
-    assert group_memory([10, 10, 10], shapes, 64, 2) == 2 * base == group_memory([5, 5, 5], shapes, 128, 2)
-    assert group_memory([15, 0, 0], shapes, 64, 2) > base > group_memory([0, 0, 15], shapes, 64, 2)
+    assert sorted(cell.j for group in split for cell in group) == list(range(cells))
+    # every group spans all positions, so that all take the same memory and time
+    assert all(group[0].j < len(split) and group[-1].j >= cells - len(split) for group in split)
 
 
 def test_the_triangle_on_a_case_done_by_hand() -> None:

@@ -92,6 +92,11 @@ class FrozenNetwork:
             ]
         self.head = _freeze_head(chain.head, dtype, device)
 
+    @property
+    def masked(self) -> bool:
+        """Whether no segment but the first reads values of its input on the way back."""
+        return not any(segment.keeps_input for segment in self.segments[1:])
+
     def representations(self, x: Tensor) -> list[Tensor]:
         """The representation at every position; x is cast to the network's dtype."""
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)

@@ -133,7 +133,7 @@ def train_network(
         initialise(chain, torch_generator("network", str(name), width, dataset.classes))
         on_device = dataset.to(device)
         chain = chain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        _fit(chain, on_device, name, recipe, device, report)
+        fit_network(chain, on_device, name, recipe, device, report)
         accuracy, loss = evaluate_network(chain, on_device.test, dataset.normalisation)
         if loss != loss or loss == float("inf"):
             raise FailedError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
@@ -172,14 +172,15 @@ def _brief(value: Any) -> str:
     return value[:8] if isinstance(value, str) else str(value)
 
 
-def _fit(
+def fit_network(
     chain: SmallResNet,
     dataset: Dataset,
     name: NetworkName,
     recipe: NetworkRecipe,
     device: torch.device,
-    report: Callable[[TrainReport], None] | None,
+    report: Callable[[TrainReport], None] | None = None,
 ) -> None:
+    """Train ``chain`` in place, data and chain being on ``device``; ends in eval mode."""
     train = dataset.train
     steps_per_epoch = len(train) // recipe.batch_size
     steps = recipe.epochs * steps_per_epoch

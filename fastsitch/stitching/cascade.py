@@ -76,7 +76,7 @@ class Cascade:
 
     def _allocate(self) -> None:
         segments = self.receiver.segments
-        self._kept = self._buffers(reuse=not any(segment.keeps_input for segment in segments[1:]))
+        self._kept = self._buffers(reuse=self.receiver.masked)
         self._saved = [[]]
         for j in range(1, len(self.ends)):
             carried = self._samples(j - 1)

@@ -51,8 +51,9 @@ class CellResult:
 
 @dataclass(frozen=True)
 class StepReport:
-    """Progress inside a group: steps done, steps in all, samples (cells x images) processed so far."""
+    """Progress inside a group of ``cells``: steps done, steps in all, samples (cells x images) processed so far."""
 
+    cells: int
     step: int
     steps: int
     samples: int
@@ -169,7 +170,7 @@ def _train(
             loss_sum += train_step(cascade, bank, batch, optimizer)
             step += 1
             if report is not None:
-                report(StepReport(step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
+                report(StepReport(len(bank.cells), step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
     bank.refresh()
     return loss_sum / steps_per_epoch
 

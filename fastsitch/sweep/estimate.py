@@ -21,14 +21,9 @@ from fastsitch.root import Root
 from fastsitch.stitching.geometry import Geometry, Shape
 from fastsitch.sweep.choose_source import choose_source, source_costs
 from fastsitch.sweep.config import SweepConfig
-from fastsitch.sweep.plan import (
-    PlannedUnit,
-    automatic_group_size,
-    group_memory,
-    plan_units,
-    split_groups,
-    unit_cells,
-)
+from fastsitch.sweep.memory import StepKind, group_memory, matching_memory, memory_budget
+from fastsitch.sweep.plan import PlannedUnit, plan_units, split_groups, unit_cells
+from fastsitch.sweep.resolve import resolve
 
 ASSUMED_WIDTH = 64
 """Width of a network that is not trained yet: that of the published study."""
@@ -83,7 +78,7 @@ class SweepEstimate:
         return sum(unit.cells for unit in self.units)
 
 
-def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> SweepEstimate:
+def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory: str = "auto") -> SweepEstimate:
     """Units, cells, shapes, stitches, parameters, memory, time and disk of a sweep."""
     torch_device = resolve_device(device)
     precision = resolve_precision(config.precision, torch_device)
@@ -113,24 +108,20 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         pixels=3 * data.height * data.width,
         itemsize=dtype.itemsize,
     )
-    source = choose_source(config, costs, available=available_memory(torch_device), free_disk=free_space(root.path))
-    pairs = [(len(shapes[planned.sender]), shapes[planned.receiver]) for planned in units]
-    if config.group_size == "auto":
-        budget = int(0.4 * max(0, available_memory(torch_device) - source.memory))
-        group_size = automatic_group_size(pairs, config.recipe.batch_size, dtype.itemsize, budget)
-    else:
-        group_size = int(config.group_size)
+    budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
+    source = choose_source(config, costs, available=budget, free_disk=free_space(root.path))
+    resolved = resolve(root.path, config, shapes, source, torch_device, memory=memory, budget=budget)
+    group_size = resolved.group_size
+    kind = StepKind.of(torch_device, precision, resolved.kernel, resolved.compile, config.recipe.batch_size)
     estimates: list[UnitEstimate] = []
     step_memory = 0
     counted: set[tuple[NetworkName, ...]] = set()
     for planned in units:
         sender, receiver = shapes[planned.sender], shapes[planned.receiver]
         groups = split_groups(unit_cells(planned.unit, len(sender), len(receiver)), group_size)
-        counts = [[sum(cell.j == j for cell in group) for j in range(len(receiver))] for group in groups]
-        step_memory = max(
-            step_memory,
-            *(group_memory(own, receiver, config.recipe.batch_size, dtype.itemsize) for own in counts),
-        )
+        cells = [(cell.i, cell.j) for cell in groups[0]]
+        held = matching_memory(sender, receiver) if config.matches else 0
+        step_memory = max(step_memory, group_memory(cells, sender, receiver, kind) + held)
         exact = 0.0
         if config.matches:
             shared = [(planned.sender,), (planned.sender, planned.receiver)]

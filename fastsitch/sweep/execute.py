@@ -19,9 +19,7 @@ from fastsitch.machine import (
     DTYPES,
     available_memory,
     configure,
-    resolve_compile,
     resolve_device,
-    resolve_kernel,
     resolve_precision,
 )
 from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record, require_fit
@@ -35,16 +33,16 @@ from fastsitch.stitching.engine import CellResult, StepReport, evaluate_matched,
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.stitching.matching import Matched
 from fastsitch.sweep.config import SweepConfig, checked_run_name
+from fastsitch.sweep.groups import train_in_groups
 from fastsitch.sweep.matched import MatchedStitches
-from fastsitch.sweep.plan import PlannedUnit, automatic_group_size, plan_units, split_groups, unit_cells
+from fastsitch.sweep.memory import memory_budget
+from fastsitch.sweep.plan import PlannedUnit, plan_units, unit_cells
+from fastsitch.sweep.resolve import resolve
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
 from fastsitch.sweep.senders import Representations
 from fastsitch.sweep.source_rates import choose_measured
 
 log = logging.getLogger(__name__)
-
-_MEMORY_SHARE = 0.4
-"""Share of the free memory that a group's training step may take when the group size is automatic."""
 
 
 @dataclass(frozen=True)
@@ -66,10 +64,12 @@ def run_sweep(
     *,
     run: str | None = None,
     device: str = "auto",
+    memory: str = "auto",
     report: Report | None = None,
 ) -> Run:
     """Train all cells of ``config`` that the run does not have yet; return the run.
 
+    ``memory`` bounds what a run that begins now may take on the device: ``auto``, or a size such as ``8GB``.
     Networks have to be trained (NetworkError otherwise); stores that are missing are made. Raises RunError when the
     run of that name has another configuration, or began on another kind of device.
     """
@@ -100,7 +100,7 @@ def run_sweep(
         return finished
     with exclusive(path / "lock", f"run {name!r}"):
         current = _existing_run(path, config, inputs, dataset, torch_device) or _new_run(
-            root, path, config, inputs, networks, torch_device
+            root, path, config, inputs, networks, torch_device, memory
         )
         log.info("run %s: %s", name, _describe(current.resolved))
         _Execution(root, current, dataset, networks, torch_device, report).carry_out()
@@ -119,6 +119,7 @@ class _Execution:
     ) -> None:
         self.run = run
         self.networks = networks
+        self.group_size = run.resolved.group_size
         self.report = report
         self.representations = Representations(
             root,
@@ -171,22 +172,26 @@ class _Execution:
         receiver = self.networks.frozen(planned.receiver, resolved)
         cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
         order = ImageOrder(seed=planned.unit.seed, block=config.block, window=config.window)
-        results: dict[Cell, CellResult] = {}
-        for group in split_groups(cells, resolved.group_size):
+        done = 0
+
+        def train(group: list[Cell]) -> dict[Cell, CellResult]:
+            nonlocal done
             if config.loss == "match":
                 assert matched is not None
                 own = {cell: matched[cell] for cell in group}
-                results |= evaluate_matched(
-                    receiver, source, own, images=2 * config.recipe.batch_size, kernel=resolved.kernel
+                images = 2 * config.recipe.batch_size
+                results = evaluate_matched(receiver, source, own, images=images, kernel=resolved.kernel)
+            else:
+                results = train_group(
+                    receiver, source, group, config.recipe, order, kernel=resolved.kernel, init=matched, report=tell
                 )
-                continue
+            done += len(group)
+            return results
 
-            def tell(step: StepReport, before: int = len(results), size: int = len(group)) -> None:
-                self._tell(before + size * step.step / step.steps, planned)
+        def tell(step: StepReport) -> None:
+            self._tell(done + step.cells * step.step / step.steps, planned)
 
-            results |= train_group(
-                receiver, source, group, config.recipe, order, kernel=resolved.kernel, init=matched, report=tell
-            )
+        results, self.group_size = train_in_groups(cells, self.group_size, train)
         return results
 
     def _tell(self, partial: float, planned: PlannedUnit) -> None:
@@ -300,33 +305,17 @@ def _new_run(
     inputs: dict[NetworkName, NetworkInput],
     networks: "_Networks",
     device: torch.device,
+    memory: str,
 ) -> Run:
     """Create the run, with everything that ``auto`` chooses on this machine frozen into it."""
-    precision = resolve_precision(config.precision, device)
-    itemsize = DTYPES[precision].itemsize
     shapes = {name: [shape for _, shape in network.positions] for name, network in inputs.items()}
+    budget = memory_budget(memory, available_memory(device), device.type)
+    dtype = DTYPES[resolve_precision(config.precision, device)]
     source = choose_measured(
-        root, config, shapes, networks.dataset, networks.load, dtype=DTYPES[precision], device=device
+        root, config, shapes, networks.dataset, networks.load, dtype=dtype, device=device, budget=budget
     )
     log.info("source %s", source.reason)
-    pairs = [
-        (len(inputs[planned.sender].positions), [shape for _, shape in inputs[planned.receiver].positions])
-        for planned in plan_units(config)
-    ]
-    budget = int(_MEMORY_SHARE * max(0, available_memory(device) - source.memory))
-    group_size = (
-        automatic_group_size(pairs, config.recipe.batch_size, itemsize, budget)
-        if config.group_size == "auto"
-        else int(config.group_size)
-    )
-    resolved = Resolved(
-        device=device.type,
-        precision=precision,
-        kernel=resolve_kernel(config.kernel, device),
-        compile=resolve_compile(config.compile, device),
-        group_size=group_size,
-        source=source.name,
-    )
+    resolved = resolve(root.path, config, shapes, source, device, memory=memory, budget=budget)
     return Run.create(path, config, resolved, inputs, networks.dataset.hash)
 
 

@@ -15,7 +15,7 @@ from fastsitch.networks.compiled import micro_batch
 from fastsitch.networks.masks import mask_bytes
 from fastsitch.stitching.geometry import Geometry, Shape
 
-_SHARE = {"cpu": 0.5, "cuda": 0.9}
+_SHARE = {"cpu": 0.75, "cuda": 0.9}
 """Of the memory that is free, what a sweep may take where no budget is named: a CPU has other things to hold."""
 
 _OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
@@ -88,11 +88,6 @@ def matching_memory(sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
     inputs = {(i, geometry.features) for i, geometry in geometries}
     cells = sum(geometry.features * geometry.receiver[0] for _, geometry in geometries)
     return 8 * (sum(features**2 for _, features in inputs) + 2 * cells)
-
-
-def source_memory(shapes: Sequence[Shape], images: int, itemsize: int) -> int:
-    """Bytes of a sender's representations of so many images."""
-    return sum(math.prod(shape) for shape in shapes) * images * itemsize
 
 
 def largest_group(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind, budget: int) -> int:

@@ -14,7 +14,6 @@ from fastsitch.activations.live import PASS_IMAGES, LiveSplit
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import Dataset
 from fastsitch.files import drop_from_cache, free_space
-from fastsitch.machine import available_memory
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.sweep.choose_source import (
@@ -41,6 +40,7 @@ def choose_measured(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    budget: int,
 ) -> SourceChoice:
     """The source of a sweep that begins now; see :func:`fastsitch.sweep.choose_source.choose_source`."""
 
@@ -64,9 +64,7 @@ def choose_measured(
         pixels=dataset.train.images[0].numel(),
         itemsize=dtype.itemsize,
     )
-    return choose_source(
-        config, costs, available=available_memory(device), free_disk=free_space(root.path), rates=rates
-    )
+    return choose_source(config, costs, available=budget, free_disk=free_space(root.path), rates=rates)
 
 
 def store_rate(store: ActivationStore) -> float:

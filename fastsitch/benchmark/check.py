@@ -1,0 +1,182 @@
+"""Whether the engine and every other way compute the same stitches; without that no speed is reported."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastsitch.benchmark.folded import FoldedTail
+from fastsitch.benchmark.one_by_one import Stitches, geometry_of, published, tuned_loop
+from fastsitch.benchmark.ours import Engine
+from fastsitch.benchmark.problem import Problem, make_problem
+from fastsitch.benchmark.stacked import Grouped, Vmapped
+from fastsitch.errors import FailedError
+from fastsitch.kernels.reference import conv_weight
+from fastsitch.stitching.cells import Cell
+
+EXACT_STEPS, EXACT_WIDTH, EXACT_IMAGES = 3, 4, 8
+EXACT_BOUND = 1e-8
+"""Of the update of a cell's parameters after EXACT_STEPS in fp64: the largest error over the largest change."""
+
+ACCURACY_STEPS = 24
+CELL_BOUND, MEAN_BOUND = 0.04, 0.01
+"""Difference of test accuracies after ACCURACY_STEPS in the timed precision: of one cell, and of the mean over cells.
+Rounding differs between the ways, and training amplifies it while accuracies still rise."""
+
+OURS, TUNED = "fastsitch", "tuned loop"
+
+
+class Way(Protocol):
+    """One way to train cells: a step of all of them per batch of image indices; parameters so far."""
+
+    def run(self, batches: Sequence[Tensor]) -> None: ...
+    def stitches(self) -> Stitches: ...
+
+
+MakeWay = Callable[[Problem, Sequence[Cell]], Way]
+
+PEERS: dict[str, MakeWay] = {
+    TUNED: tuned_loop,
+    "published way": partial(published, mixed=True),
+    "published way, fp32": partial(published, mixed=False),
+    "torch.func vmap": Vmapped,
+    "grouped convolutions": Grouped,
+}
+"""Everything that the engine is compared with."""
+
+
+def peer_names(dtype: torch.dtype, *, everything: bool) -> list[str]:
+    """The peers that make sense in a precision; the tuned loop alone unless everything is wanted."""
+    if not everything:
+        return [TUNED]
+    return [name for name in PEERS if dtype == torch.bfloat16 or name != "published way"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A peer against the engine. Errors and differences are the largest of all compared cells."""
+
+    exact_error: float
+    """After EXACT_STEPS in fp64, over the change of the parameters; all cells."""
+    accuracy: float
+    """Mean over the compared cells, in the timed precision."""
+    our_accuracy: float
+    mean_difference: float
+    largest_difference: float
+    cells: int
+
+
+def exact_errors(sender: str, receiver: str, names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Train all cells of the pair in fp64 at a small width, in every way; raises FailedError where one differs."""
+    problem = make_problem(
+        sender,
+        receiver,
+        width=EXACT_WIDTH,
+        batch_size=EXACT_IMAGES,
+        images=EXACT_STEPS * EXACT_IMAGES,
+        tests=EXACT_IMAGES,
+        dtype=torch.float64,
+        device=device,
+        kernel="torch",
+    )
+    cells, batches = problem.cells, problem.batches(EXACT_STEPS)
+    engine = Engine(problem, cells)
+    before = engine.stitches()
+    engine.run(batches)
+    ours = engine.stitches()
+    found = {}
+    for name in names:
+        # autocast is for the timed precision
+        way = published(problem, cells, mixed=False) if name.startswith("published") else PEERS[name](problem, cells)
+        way.run(batches)
+        errors = {cell: _error(ours[cell], stitch, before[cell]) for cell, stitch in way.stitches().items()}
+        worst = max(errors, key=lambda cell: _rank(errors[cell]))
+        if not errors[worst] <= EXACT_BOUND:
+            raise FailedError(
+                f"no speed is reported: after {EXACT_STEPS} steps in fp64 the stitch of cell "
+                f"({worst.i}, {worst.j}) of {sender} -> {receiver} differs from that of the {name} by "
+                f"{errors[worst]:.2e} of its change, expected at most "
+                f"{EXACT_BOUND:.0e}: the engine or this installation of torch is wrong; run the tests"
+            )
+        found[name] = errors[worst]
+    return found
+
+
+def accuracy_agreement(problem: Problem, exact: Mapping[str, float]) -> dict[str, Agreement]:
+    """Train from the same start in the timed precision; raises FailedError where accuracies differ too much.
+
+    The tuned loop trains all cells, the slower peers one per sender and receiver position.
+    """
+    batches = problem.batches(ACCURACY_STEPS)
+    engine = Engine(problem, problem.cells)
+    engine.run(batches)
+    ours = engine.accuracies()
+    tail = FoldedTail(problem.receiver, problem.dtype).to(problem.device)
+    found = {}
+    for name, error in exact.items():
+        cells = problem.cells if name == TUNED else across(problem)
+        way = PEERS[name](problem, cells)
+        way.run(batches)
+        theirs = {cell: _accuracy(problem, tail, cell, *stitch) for cell, stitch in way.stitches().items()}
+        differences = {cell: abs(theirs[cell] - ours[cell]) for cell in cells}
+        worst = max(differences, key=lambda cell: _rank(differences[cell]))
+        mean = abs(sum(theirs[cell] - ours[cell] for cell in cells)) / len(cells)
+        if not (differences[worst] <= CELL_BOUND and mean <= MEAN_BOUND):
+            raise FailedError(
+                f"no speed is reported: after {ACCURACY_STEPS} steps in the timed precision cell "
+                f"({worst.i}, {worst.j}) has accuracy {ours[worst]:.4f}, trained by the {name} "
+                f"{theirs[worst]:.4f} (mean difference of {len(cells)} cells {mean:.4f}), expected at most "
+                f"{CELL_BOUND} ({MEAN_BOUND} in the mean)"
+            )
+        found[name] = Agreement(
+            exact_error=error,
+            accuracy=sum(theirs.values()) / len(cells),
+            our_accuracy=sum(ours[cell] for cell in cells) / len(cells),
+            mean_difference=mean,
+            largest_difference=differences[worst],
+            cells=len(cells),
+        )
+    return found
+
+
+def across(problem: Problem) -> list[Cell]:
+    """One cell for each sender and each receiver position, against the diagonal: every kind of stitch is among them."""
+    senders, receivers = len(problem.source.shapes), len(problem.frozen.positions)
+    longest = max(senders, receivers)
+    pairs = {(k * senders // longest, receivers - 1 - k * receivers // longest) for k in range(longest)}
+    return [cell for cell in problem.cells if (cell.i, cell.j) in pairs]
+
+
+def _error(ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> float:
+    """The largest error of weight and bias, each over its largest change."""
+    errors = []
+    for own, other, start in zip(ours, theirs, before, strict=True):
+        change = (other.cpu() - start).abs().max().item()
+        errors.append((own - other.cpu()).abs().max().item() / (change or 1.0))
+    return max(errors, key=_rank)
+
+
+def _rank(value: float) -> float:
+    """NaN is the worst of all."""
+    return math.inf if math.isnan(value) else value
+
+
+@torch.no_grad()
+def _accuracy(problem: Problem, tail: FoldedTail, cell: Cell, weight_FD: Tensor, bias_D: Tensor) -> float:
+    """Of one stitch on all test images, computed without the engine."""
+    geometry = geometry_of(problem, cell)
+    test, shapes = problem.source.test, problem.source.shapes
+    weight = conv_weight(weight_FD.to(problem.device, problem.dtype), geometry.down)
+    place = list(shapes[: cell.i]).count(geometry.sender)
+    correct = 0
+    for start in range(0, len(test), 256):
+        x = test.stack(geometry.sender)[place, start : start + 256].permute(0, 3, 1, 2)
+        if geometry.up > 1:
+            x = torch.nn.functional.interpolate(x, scale_factor=geometry.up, mode="nearest")
+        y = torch.nn.functional.conv2d(x, weight, bias_D.to(problem.device, problem.dtype), geometry.down)
+        correct += int((tail(y, cell.j).argmax(-1) == test.labels[start : start + 256]).sum())
+    return correct / len(test)

@@ -1,0 +1,69 @@
+"""What the benchmark is asked to measure."""
+
+import shlex
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from fastsitch.advice import DEFAULT_ROOT
+from fastsitch.errors import ConfigError
+from fastsitch.kernels import KERNELS
+from fastsitch.machine import COMPILE, PRECISIONS
+from fastsitch.networks.names import NetworkName
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """The shapes to measure, and how often; checked on construction."""
+
+    sender: str = "R1111"
+    receiver: str = "R1111"
+    width: int = 16
+    batch_size: int = 64
+    precision: str = "auto"
+    kernel: str = "auto"
+    compile: str = "auto"
+    group_sizes: tuple[int, ...] = ()
+    """Cells per batch; empty: 1, 5, one unit, and that two and four times over."""
+    repeats: int = 5
+    """Rounds, each of which measures everything once."""
+    tune: bool = False
+    peers: bool = False
+
+    def __post_init__(self) -> None:
+        for role, name in (("sender", self.sender), ("receiver", self.receiver)):
+            if NetworkName.parse(name).random:
+                raise ConfigError(f"--{role} {name}: speed does not depend on training; name R1111 ... R2222")
+        for option, value, most in (
+            ("width", self.width, 4096),
+            ("batch-size", self.batch_size, 4096),
+            ("repeats", self.repeats, 1000),
+        ):
+            if not 1 <= value <= most:
+                raise ConfigError(f"--{option} {value}: expected 1 to {most}")
+        if any(size < 1 for size in self.group_sizes):
+            raise ConfigError(f"--group-sizes {','.join(map(str, self.group_sizes))}: expected numbers from 1")
+        for option, choice, allowed in (
+            ("precision", self.precision, PRECISIONS),
+            ("kernel", self.kernel, KERNELS),
+            ("compile", self.compile, COMPILE),
+        ):
+            if choice not in allowed:
+                raise ConfigError(f"--{option} {choice}: expected one of {', '.join(allowed)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "group_sizes": list(self.group_sizes)}
+
+    def command(self, root: Path, device: str) -> str:
+        """The command line that measures the same; defaults are left out."""
+        parts = ["fastsitch", "bench"]
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default:
+                continue
+            option = "--" + field.name.replace("_", "-")
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            parts += [option] if value is True else [option, text]
+        if str(root) != DEFAULT_ROOT:
+            parts += ["--root", str(root)]
+        return shlex.join(parts if device == "auto" else [*parts, "--device", device])

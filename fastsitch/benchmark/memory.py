@@ -1,0 +1,89 @@
+"""Speed of memory and disk: copies, and a real activation store."""
+
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fastsitch.activations.store import ActivationStore, StoreIdentity
+from fastsitch.activations.writer import writing
+from fastsitch.benchmark.timing import Spread, seconds
+from fastsitch.networks.chain import Position
+
+STORE_BYTES = 128 << 20
+_READ_IMAGES = 1024
+
+
+def copy_bandwidth(device: torch.device, repeats: int, elements: int | None = None) -> Spread:
+    """Bytes per second, read and written, of one large copy (256 MiB; 2 GiB on CUDA)."""
+    count = elements or (1 << 29 if device.type == "cuda" else 1 << 26)
+    source = torch.ones(count, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    times = [seconds(lambda: target.copy_(source), device) for _ in range(repeats + 1)][1:]
+    return Spread.of([2 * count * 4 / time for time in times])
+
+
+def store_speeds(
+    root: Path, positions: tuple[Position, ...], repeats: int, target_bytes: int = STORE_BYTES
+) -> dict[str, Spread]:
+    """Bytes per second of writing (flushed, with checksums) and reading a bf16 store on the root's disk.
+
+    ``read`` finds the files in the system's memory; ``read from disk`` has asked the system to drop them first, where
+    that can be done.
+    """
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
+    elements = sum(position.shape[0] * position.shape[1] * position.shape[2] for position in positions)
+    images = max(1, target_bytes // (2 * elements) // _READ_IMAGES) * _READ_IMAGES
+    data = [
+        torch.randn(images, position.shape[1], position.shape[2], position.shape[0]).to(torch.bfloat16)
+        for position in positions
+    ]
+    identity = StoreIdentity(
+        network="bench",
+        dataset="random",
+        weights="",
+        data="",
+        normalisation={},
+        dtype="bf16",
+        compute="bf16",
+        compress="none",
+    )
+    cpu = torch.device("cpu")
+    speeds: dict[str, list[float]] = {"store write": [], "store read": [], "store read from disk": []}
+    with tempfile.TemporaryDirectory(prefix=".fastsitch-bench-", dir=place) as folder:
+        for attempt in range(repeats):
+            path = Path(folder) / str(attempt)
+
+            def write(path: Path = path) -> None:
+                with writing(path, identity, positions, {"train": images}) as writer:
+                    for position, start in itertools.product(positions, range(0, images, writer.block_images)):
+                        block = data[position.index][start : start + writer.block_images]
+                        step = writer.chunk_images(position)
+                        assert start % step == 0
+                        writer.write("train", position.index, start, block)
+                    writer.write_samples("train", torch.zeros(images, dtype=torch.int64), torch.arange(images))
+
+            def read(path: Path = path) -> None:
+                store = ActivationStore.open(path)
+                for position, start in itertools.product(positions, range(0, images, _READ_IMAGES)):
+                    store.read("train", position.index, start, start + _READ_IMAGES)
+
+            total = 2 * elements * images
+            speeds["store write"].append(total / seconds(write, cpu))
+            speeds["store read"].append(total / seconds(read, cpu))
+            if _forget(path):
+                speeds["store read from disk"].append(total / seconds(read, cpu))
+    return {name: Spread.of(values) for name, values in speeds.items() if values}
+
+
+def _forget(folder: Path) -> bool:
+    """Ask the system to drop the files from its memory; whether it can be asked."""
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True

@@ -1,0 +1,121 @@
+"""The sweep's own engine on the cells of a problem, whole or taken apart."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastsitch.benchmark.one_by_one import LR, MOMENTUM, WEIGHT_DECAY, Stitches
+from fastsitch.benchmark.problem import Problem
+from fastsitch.benchmark.timing import Clock
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.stitching.bank import StitchBank
+from fastsitch.stitching.cascade import Cascade
+from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.engine import evaluate, train_step
+from fastsitch.sweep.plan import split_groups
+
+PARTS = (
+    "gather",
+    "stitches forward",
+    "blocks forward",
+    "head, loss, rest",
+    "blocks backward",
+    "stitches backward",
+    "optimizer",
+)
+"""Of a training step. The optimizer's part includes the copy of the parameters in the compute dtype."""
+
+T = TypeVar("T")
+
+
+class Engine:
+    """Cells in groups of at most so many, each with its own buffers. With a clock every part is timed."""
+
+    def __init__(
+        self, problem: Problem, cells: Sequence[Cell], group_size: int | None = None, clock: Clock | None = None
+    ) -> None:
+        self._problem = problem
+        self._clock = clock
+        size = len(cells) if group_size is None else group_size
+        self._groups = [self._group(group) for group in split_groups(cells, size)]
+
+    @torch.no_grad()
+    def run(self, batches: Sequence[Tensor]) -> None:
+        """One step per batch for the first group, then for the next, as a sweep goes."""
+        for cascade, bank, optimizer in self._groups:
+            for index in batches:
+                if self._clock is None:
+                    train_step(cascade, bank, self._problem.source.train.batch(index), optimizer)
+                else:
+                    with self._clock.part("gather"):
+                        batch = self._timed(self._problem.source.train.batch(index), {"operand": "gather"})
+                    with self._clock.part("head, loss, rest"):
+                        train_step(cascade, bank, batch, optimizer)
+
+    def stitches(self) -> Stitches:
+        """What has been learned so far."""
+        return {cell: stitch for _, bank, _ in self._groups for cell, stitch in bank.stitches().items()}
+
+    @torch.no_grad()
+    def accuracies(self) -> dict[Cell, float]:
+        """Of every cell, on all test images."""
+        found: dict[Cell, float] = {}
+        for _, bank, _ in self._groups:
+            bank.refresh()
+            accuracy, _ = evaluate(
+                self._problem.frozen, self._problem.source.test, bank, images=2 * self._problem.batch_size
+            )
+            found |= dict(zip(bank.cells, accuracy.tolist(), strict=True))
+        return found
+
+    def _group(self, cells: Sequence[Cell]) -> tuple[Cascade, StitchBank, torch.optim.Optimizer]:
+        problem = self._problem
+        bank = StitchBank(
+            cells,
+            problem.source.shapes,
+            [position.shape for position in problem.frozen.positions],
+            dtype=problem.dtype,
+            device=problem.device,
+            kernel=problem.kernel,
+        )
+        optimizer = torch.optim.SGD([bank.parameters], lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+        receiver = problem.frozen
+        if self._clock is not None:
+            receiver = self._timed_receiver(receiver)
+            bank = self._timed(
+                bank, {"forward": "stitches forward", "backward": "stitches backward", "refresh": "optimizer"}
+            )
+            optimizer.step = self._charged(optimizer.step, "optimizer")  # type: ignore[method-assign]
+        return Cascade(receiver, bank.counts, problem.batch_size), bank, optimizer
+
+    def _timed_receiver(self, receiver: FrozenNetwork) -> FrozenNetwork:
+        """A shallow copy whose segments charge everything they do."""
+        timed = copy.copy(receiver)
+        timed.segments = []
+        for segment in receiver.segments:
+            names = [name for name in dir(segment) if not name.startswith("_") and callable(getattr(segment, name))]
+            # convolutions are callable objects inside a block, not methods of it
+            methods = [name for name in names if hasattr(type(segment), name)]
+            parts = {name: "blocks backward" if "backward" in name else "blocks forward" for name in methods}
+            timed.segments.append(self._timed(segment, parts))
+        return timed
+
+    def _timed(self, target: T, parts: dict[str, str]) -> T:
+        """A shallow copy of ``target`` whose methods charge their time to parts."""
+        timed = copy.copy(target)
+        for name, part in parts.items():
+            setattr(timed, name, self._charged(getattr(timed, name), part))
+        return timed
+
+    def _charged(self, function: Callable[..., Any], part: str) -> Callable[..., Any]:
+        clock = self._clock
+        assert clock is not None
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            with clock.part(part):
+                return function(*arguments, **options)
+
+        return call

@@ -1,0 +1,188 @@
+"""The whole benchmark: check, then measure."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastsitch.benchmark.ceilings import Ceiling, measure_ceiling
+from fastsitch.benchmark.check import Agreement, accuracy_agreement, exact_errors, peer_names
+from fastsitch.benchmark.config import BenchConfig
+from fastsitch.benchmark.groups import GroupMeasure, default_group_sizes, fits, measure_groups
+from fastsitch.benchmark.memory import copy_bandwidth, store_speeds
+from fastsitch.benchmark.problem import Problem, make_problem
+from fastsitch.benchmark.projection import Projection, project
+from fastsitch.benchmark.race import PeerMeasure, race
+from fastsitch.benchmark.timing import Spread
+from fastsitch.errors import ConfigError, FailedError
+from fastsitch.machine import (
+    DTYPES,
+    configure,
+    resolve_compile,
+    resolve_device,
+    resolve_kernel,
+    resolve_precision,
+    versions,
+)
+from fastsitch.root import Root
+from fastsitch.sweep.profile import Tuning, machine_name, save_tuning
+
+TRAINING_STEPS, TRAIN_IMAGES, TEST_IMAGES = 48, 2048, 512
+"""The networks are trained for so many steps, so that accuracies say something; speed does not depend on it."""
+
+_AS_FAST = 0.02
+"""Group sizes that are slower than the fastest by no more than this count as equally fast; the largest is chosen."""
+
+Report = Callable[[str, int, int], None]
+"""report(what, done, total)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """Everything measured; ``to_dict`` is the JSON file. Speeds are per second."""
+
+    config: BenchConfig
+    command: str
+    machine: str
+    device: str
+    threads: int
+    precision: str
+    kernel: str
+    compile: str
+    versions: dict[str, str]
+    unit: int
+    """Cells of one unit."""
+    agreements: dict[str, Agreement]
+    ceiling: Ceiling
+    bandwidths: dict[str, Spread]
+    """Bytes per second: copies in memory, the store on the disk."""
+    groups: list[GroupMeasure]
+    peers: list[PeerMeasure]
+    projection: Projection
+    tuning: Tuning | None
+    profile: str | None
+    """Where the tuning was written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "config": self.config.to_dict()}
+
+    @property
+    def whole_unit(self) -> GroupMeasure:
+        """The measure whose groups come closest to one whole unit."""
+        return min(self.groups, key=lambda measure: abs(math.log(measure.group_size / self.unit)))
+
+
+def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: Report | None = None) -> BenchResult:
+    """Measure this machine; raises FailedError, before any speed is measured, when a check fails."""
+    torch_device = resolve_device(device)
+    configure(torch_device)
+    precision = resolve_precision(config.precision, torch_device)
+    kernel = resolve_kernel(config.kernel, torch_device)
+    compiled = resolve_compile(config.compile, torch_device)
+    dtype = DTYPES[precision]
+    tell: Report = report or (lambda what, done, total: None)
+
+    tell("check", 0, 2)
+    exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
+    problem = _problem(config, dtype, torch_device, kernel, compiled == "on")
+    tell("check", 1, 2)
+    agreements = accuracy_agreement(problem, exact)
+
+    sizes = _group_sizes(problem, config)
+    counts = [sum(cell.j == j for cell in problem.cells) for j in range(len(problem.frozen.positions))]
+    tell("ceilings", 0, 3)
+    ceiling = measure_ceiling(problem.receiver, counts, config.batch_size, dtype, torch_device, config.repeats)
+    tell("ceilings", 1, 3)
+    bandwidths = {"copy": copy_bandwidth(torch_device, config.repeats)}
+    tell("ceilings", 2, 3)
+    bandwidths |= store_speeds(root.path, problem.frozen.positions, config.repeats)
+    groups = measure_groups(problem, sizes, config.repeats, partial(tell, "group sizes"))
+    peers = race(problem, agreements, config.repeats, partial(tell, "peers")) if config.peers else []
+    tell("projection", 0, 1)
+    unit = len(problem.cells)
+    whole = min(groups, key=lambda measure: abs(math.log(measure.group_size / unit)))
+    projection = project(whole.fraction.median, dtype, torch_device, config.repeats)
+    tuning = _tune(problem, config, groups, precision, compiled, tell) if config.tune else None
+    return BenchResult(
+        config=config,
+        command=config.command(root.path, device),
+        machine=machine_name(torch_device),
+        device=torch_device.type,
+        threads=torch.get_num_threads(),
+        precision=precision,
+        kernel=kernel,
+        compile=compiled,
+        versions=versions(),
+        unit=unit,
+        agreements=agreements,
+        ceiling=ceiling,
+        bandwidths=bandwidths,
+        groups=groups,
+        peers=peers,
+        projection=projection,
+        tuning=tuning,
+        profile=None if tuning is None else str(save_tuning(root.path, torch_device, tuning)),
+    )
+
+
+def _problem(config: BenchConfig, dtype: torch.dtype, device: torch.device, kernel: str, compiled: bool) -> Problem:
+    return make_problem(
+        config.sender,
+        config.receiver,
+        width=config.width,
+        batch_size=config.batch_size,
+        images=max(TRAIN_IMAGES, config.batch_size),
+        tests=TEST_IMAGES,
+        dtype=dtype,
+        device=device,
+        kernel=kernel,
+        compiled=compiled,
+        training_steps=TRAINING_STEPS,
+    )
+
+
+def _group_sizes(problem: Problem, config: BenchConfig) -> list[int]:
+    unit = len(problem.cells)
+    for size in config.group_sizes:
+        if size > unit and size % unit:
+            raise ConfigError(
+                f"--group-sizes {size}: {config.sender} -> {config.receiver} has {unit} cells; expected up to {unit}, "
+                f"or a multiple of it, such as {2 * unit}"
+            )
+    sizes = sorted(set(config.group_sizes)) or default_group_sizes(problem)
+    if not fits(problem, sizes):
+        raise FailedError(
+            f"--group-sizes {','.join(map(str, sizes))}: steps of so many cells do not fit into memory side by side; "
+            "use fewer cells, or measure them in several runs"
+        )
+    return sizes
+
+
+def _tune(
+    problem: Problem, config: BenchConfig, groups: list[GroupMeasure], precision: str, compiled: str, tell: Report
+) -> Tuning:
+    """The fastest group size and, with CUDA, whether to compile: both were measured on one machine in one process."""
+    rates = {str(measure.group_size): measure.rate.median for measure in groups}
+    fastest = max(measure.rate.median for measure in groups)
+    best = max(
+        (measure for measure in groups if measure.rate.median >= (1 - _AS_FAST) * fastest),
+        key=lambda measure: measure.group_size,
+    )
+    choice = compiled
+    if problem.device.type == "cuda":
+        other = "off" if compiled == "on" else "on"
+        changed = _problem(config, problem.dtype, problem.device, problem.kernel, other == "on")
+        again = measure_groups(changed, [best.group_size], config.repeats, partial(tell, f"compile {other}"))[0]
+        rates[f"compile {compiled}"], rates[f"compile {other}"] = best.rate.median, again.rate.median
+        choice = other if again.rate.median > best.rate.median else compiled
+    return Tuning(
+        width=config.width,
+        batch_size=config.batch_size,
+        precision=precision,
+        group_size=best.group_size,
+        compile=choice,
+        rates=rates,
+    )

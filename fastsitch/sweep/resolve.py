@@ -1,0 +1,71 @@
+"""What ``auto`` means for a sweep on this machine: one place for runs and for predictions."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from fastsitch.errors import MemoryLimitError
+from fastsitch.machine import resolve_compile, resolve_kernel, resolve_precision
+from fastsitch.networks.names import NetworkName
+from fastsitch.stitching.geometry import Shape
+from fastsitch.sweep.choose_source import SourceChoice
+from fastsitch.sweep.config import SweepConfig
+from fastsitch.sweep.memory import StepKind, largest_group, matching_memory, smallest_group_memory
+from fastsitch.sweep.plan import plan_units
+from fastsitch.sweep.profile import find_tuning, tuned_compile, tuned_group_size
+from fastsitch.sweep.results import Resolved
+
+log = logging.getLogger(__name__)
+
+Shapes = Mapping[NetworkName, Sequence[Shape]]
+"""Shapes (C, H, W) of the positions of every network in a sweep."""
+
+
+def resolve(
+    root: Path,
+    config: SweepConfig,
+    shapes: Shapes,
+    source: SourceChoice,
+    device: torch.device,
+    *,
+    memory: str,
+    budget: int,
+) -> Resolved:
+    """Everything that ``auto`` chooses, given the source and the bytes a sweep may take (``memory``, as asked for).
+
+    Raises MemoryLimitError when a budget that was named does not hold a single cell.
+    """
+    precision = resolve_precision(config.precision, device)
+    width = max(own[0][0] for own in shapes.values())
+    tuning = find_tuning(root, device, width=width, batch_size=config.recipe.batch_size, precision=precision)
+    kernel = resolve_kernel(config.kernel, device)
+    compile = resolve_compile(tuned_compile(tuning, config.compile), device)
+    if config.group_size == "auto":
+        kind = StepKind.of(device, precision, kernel, compile, config.recipe.batch_size)
+        fits = _largest_group(config, shapes, kind, budget - source.memory, named=memory != "auto")
+        group_size = tuned_group_size(tuning, fits)
+    else:
+        group_size = int(config.group_size)
+    return Resolved(
+        device=device.type,
+        precision=precision,
+        kernel=kernel,
+        compile=compile,
+        group_size=group_size,
+        source=source.name,
+    )
+
+
+def _largest_group(config: SweepConfig, shapes: Shapes, kind: StepKind, room: int, *, named: bool) -> int:
+    pairs = [(shapes[planned.sender], shapes[planned.receiver]) for planned in plan_units(config)]
+    if config.matches:
+        room -= max(matching_memory(sender, receiver) for sender, receiver in pairs)
+    needed = smallest_group_memory(pairs, kind)
+    if named and needed > room:
+        raise MemoryLimitError(
+            f"--memory leaves {max(0, room) / 1e9:.2f} GB for a group of stitches, a single one needs about "
+            f"{needed / 1e9:.2f} GB: allow more, or use a smaller --batch-size or --source streamed"
+        )
+    return largest_group(pairs, kind, room)

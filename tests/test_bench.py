@@ -1,0 +1,248 @@
+"""The benchmark: peers that compute the same, figures that are counted right, and no speed without correctness."""
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastsitch.activations.batch import Batch
+from fastsitch.benchmark import check, flops
+from fastsitch.benchmark.bare import BareConvolutions
+from fastsitch.benchmark.groups import measure_groups
+from fastsitch.benchmark.ours import PARTS, Engine
+from fastsitch.benchmark.problem import Problem, make_problem
+from fastsitch.benchmark.race import SWEEP, race
+from fastsitch.benchmark.timing import Clock, Spread
+from fastsitch.cli import console
+from fastsitch.cli.main import _run
+from fastsitch.errors import FailedError
+from fastsitch.networks.names import BLOCKS
+from fastsitch.networks.resnet import position_shapes
+from fastsitch.stitching.bank import StitchBank
+from tests.conftest import Command
+
+CPU = torch.device("cpu")
+
+
+def small_problem(dtype: torch.dtype, *, receiver: str = "R1111", images: int = 64, training_steps: int = 0) -> Problem:
+    return make_problem(
+        "R1111",
+        receiver,
+        width=4,
+        batch_size=8,
+        images=images,
+        tests=64,
+        dtype=dtype,
+        device=CPU,
+        kernel="torch",
+        training_steps=training_steps,
+    )
+
+
+def shapes_of(name: str, width: int) -> list[tuple[int, int, int]]:
+    return [shape for _, shape in position_shapes(BLOCKS[name], width, (32, 32))]
+
+
+def break_gradient(monkeypatch: pytest.MonkeyPatch, j: int, change: Callable[[Tensor], object], *, exact: bool) -> None:
+    """Change the engine's gradient of the first stitch into position j, in fp64 or in all other precisions."""
+    backward = StitchBank.backward
+
+    def broken(bank: StitchBank, position: int, batch: Batch, g_KBPQD: Tensor) -> None:
+        backward(bank, position, batch, g_KBPQD)
+        if position == j and (g_KBPQD.dtype == torch.float64) is exact:
+            change(bank.stacks[j][0].weight_grad_KFD[0])
+
+    monkeypatch.setattr(StitchBank, "backward", broken)
+
+
+def test_every_peer_computes_the_updates_of_the_engine() -> None:
+    errors = check.exact_errors("R1111", "R1112", list(check.PEERS), CPU)
+    assert list(errors) == list(check.PEERS)
+    assert max(errors.values()) < 1e-10
+
+
+def test_smaller_groups_compute_the_same() -> None:
+    problem = small_problem(torch.float64)
+    whole, parted = Engine(problem, problem.cells), Engine(problem, problem.cells, 7)
+    for engine in (whole, parted):
+        engine.run(problem.batches(2))
+    for cell, stitch in whole.stitches().items():
+        for own, other in zip(stitch, parted.stitches()[cell], strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", [lambda g: g.mul_(1 + 1e-6), lambda g: g[0, 0].fill_(math.nan)])
+def test_no_speed_is_reported_when_a_gradient_is_wrong(
+    change: Callable[[Tensor], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    break_gradient(monkeypatch, 2, change, exact=True)
+    with pytest.raises(
+        FailedError, match=r"no speed is reported: .* stitch of cell \(\d, 2\) of R1111 -> R1111 .* tuned loop by"
+    ):
+        check.exact_errors("R1111", "R1111", [check.TUNED], CPU)
+
+
+def test_the_command_ends_with_1_and_says_which_cell(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    break_gradient(monkeypatch, 4, lambda g: g.mul_(1.001), exact=True)
+    monkeypatch.setattr(console, "_debug", False)
+    monkeypatch.setattr(
+        sys, "argv", ["fastsitch", "bench", "--root", str(tmp_path), "--json", str(tmp_path / "b.json")]
+    )
+    assert _run() == 1
+    shown = capsys.readouterr()
+    assert "no speed is reported: after 3 steps in fp64 the stitch of cell (0, 4)" in shown.err
+    assert "GFLOP" not in shown.out + shown.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_speed_is_reported_when_accuracies_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = small_problem(torch.float32, images=256, training_steps=48)
+    agreed = check.accuracy_agreement(problem, {check.TUNED: 0.0})[check.TUNED]
+    assert agreed.cells == 25
+    assert agreed.accuracy > 0.2
+    assert agreed.largest_difference <= 0.02
+    break_gradient(monkeypatch, 3, lambda g: g.mul_(-1), exact=False)
+    with pytest.raises(
+        FailedError, match=r"no speed is reported: after 24 steps .* cell \(\d, 3\) has accuracy 0\.\d+"
+    ):
+        check.accuracy_agreement(problem, {check.TUNED: 0.0})
+
+
+def test_cells_across_the_matrix_meet_every_position_and_kind() -> None:
+    problem = small_problem(torch.float32, receiver="R1112")
+    cells = check.across(problem)
+    assert {cell.i for cell in cells} == set(range(5))
+    assert {cell.j for cell in cells} == set(range(6))
+
+
+def test_counted_flops_against_hand_computed_ones() -> None:
+    shapes = shapes_of("R2222", 64)
+    blocks = flops.block_flops(shapes)
+    # two 3x3 convolutions of 64 channels on 32x32; 64 -> 128 with stride 2 and its projection
+    assert blocks[0] == 2 * (2 * 32 * 32 * 64 * 64 * 9)
+    assert blocks[2] == 2 * 16 * 16 * (128 * 64 * 9 + 128 * 128 * 9 + 128 * 64)
+    assert round((sum(blocks) + flops.stem_flops(shapes)) / 2e6) == 555
+    # the last stitch into the last position: 512 x 512 products at 4x4 forward, as many for the weights
+    own = flops.training_flops(shapes, shapes, [(8, 8)])
+    assert (own.convolutions, own.stitches) == (0, 2 * 2 * 16 * 512 * 512)
+    study = flops.study_flops()
+    assert study.total == pytest.approx(2.17e18, rel=0.03)
+    assert study.stitches / study.total == pytest.approx(0.035, abs=0.01)
+
+
+def test_flops_are_those_that_are_really_done() -> None:
+    problem = small_problem(torch.float32)
+    shapes = [position.shape for position in problem.frozen.positions]
+    expected = flops.training_flops(shapes, shapes, [(cell.i, cell.j) for cell in problem.cells])
+    engine = Engine(problem, problem.cells)
+    with FlopCounterMode(display=False) as counter:
+        engine.run(problem.batches(1))
+    counts = counter.get_flop_counts()["Global"]
+    convolutions = sum(count for operator, count in counts.items() if "convolution" in str(operator))
+    assert convolutions == 8 * expected.convolutions
+    bare = BareConvolutions(problem.receiver, [5] * 5, 8, torch.float32, CPU)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        bare.run()
+    assert counter.get_total_flops() == 2 * sum(bare.flops) == convolutions
+
+
+def test_a_part_inside_another_is_not_counted_twice() -> None:
+    clock = Clock(CPU)
+
+    def work() -> float:
+        return sum(torch.rand(200_000).sum().item() for _ in range(5))
+
+    with clock.part("outer"):
+        work()
+        with clock.part("inner"):
+            for _ in range(4):
+                work()
+        work()
+    assert set(clock.seconds) == {"outer", "inner"}
+    assert clock.seconds["inner"] > clock.seconds["outer"] > 0
+
+
+def test_group_sizes_are_measured_in_all_parts() -> None:
+    problem = small_problem(torch.float32)
+    single, unit, twice = measure_groups(problem, [1, 25, 50], 2)
+    assert (single.cells, unit.cells, twice.cells) == (25, 25, 50)
+    assert twice.flops == 2 * unit.flops == 2 * single.flops > 0
+    for own in (single, unit, twice):
+        assert tuple(own.parts) == PARTS
+        assert all(part.min > 0 and part.n == 2 for part in own.parts.values())
+        assert own.over_bare.min > 1
+        assert own.fraction.max < 1
+        assert own.rate.median == pytest.approx(own.cells * 8 / own.seconds.median, rel=0.5)
+    # a group of one pays per step what a unit pays once
+    assert single.seconds.min > unit.seconds.min
+
+
+def test_all_ways_are_timed_on_the_same_cells() -> None:
+    problem = small_problem(torch.float32)
+    agreement = check.Agreement(0.0, 0.5, 0.5, 0.0, 0.0, 25)
+    names = check.peer_names(torch.float32, everything=True)
+    assert "published way" not in names
+    measures = race(problem, dict.fromkeys(names, agreement), 2)
+    assert [own.name for own in measures] == [check.OURS, SWEEP, *names]
+    assert measures[0].times_ours == Spread(1.0, 1.0, 1.0, 2)
+    published = next(own for own in measures if own.name == "published way, fp32")
+    assert published.times_ours.median > 1
+
+
+def test_the_command_measures_writes_and_tunes(run_cli: Command, tmp_path: Path) -> None:
+    shape = ["--width", "4", "--batch-size", "8", "--precision", "fp32"]
+    done = run_cli("bench", *shape, "--group-sizes", "5,25", "--repeats", "1", "--peers", "--tune", "--json", "b.json")
+    assert done.returncode == 0, done.stderr
+    place = tmp_path / "work"
+    content = json.loads((place / "b.json").read_text())
+    for key in ("machine", "threads", "versions", "device", "precision", "command", "unit"):
+        assert content[key]
+    assert content["command"].startswith("fastsitch bench --width 4 --batch-size 8 --precision fp32 --group-sizes 5,25")
+    assert [own["group_size"] for own in content["groups"]] == [5, 25]
+    for own in content["groups"]:
+        assert set(own["seconds"]) == {"median", "min", "max", "n"}
+        assert 0 < own["fraction"]["median"] < 1
+    assert set(content["bandwidths"]) >= {"copy", "store write", "store read"}
+    assert [block["samples"] for block in content["ceiling"]["blocks"]] == [40, 80, 120, 160]
+    assert len(content["peers"]) == 6
+    assert content["projection"]["flops"] == pytest.approx(2.17e18, rel=0.03)
+    for words in ("of the ceiling", "torch.func vmap", "model, not measured", "stitches backward", "store write"):
+        assert words in done.stdout
+    profile = json.loads((place / "fastsitch-data" / "profile.json").read_text())
+    assert profile["tunings"][0]["group_size"] == content["tuning"]["group_size"]
+    assert sorted(path.name for path in place.iterdir()) == ["b.json", "fastsitch-data"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--group-sizes", "x"], "--group-sizes x: expected whole numbers"),
+        (["--group-sizes", "0"], "--group-sizes 0: expected numbers from 1"),
+        (["--repeats", "0"], "--repeats 0: expected 1 to"),
+        (["--width", "0"], "--width 0: expected 1 to"),
+        (["--sender", "R1113"], "unknown network 'R1113'"),
+        (["--receiver", "R1111-random@0"], "--receiver R1111-random@0"),
+        (["--precision", "fp64"], "--precision fp64: expected one of"),
+        (["--json", "."], "--json . is a folder"),
+    ],
+)
+def test_bad_options_end_with_2(
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(console, "_debug", False)
+    monkeypatch.setattr(sys, "argv", ["fastsitch", "bench", *arguments])
+    assert _run() == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,215 @@
+"""The memory of a group: predicted and measured, bounded, and what happens when it cannot be had."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastsitch
+from fastsitch.data import Dataset
+from fastsitch.errors import ConfigError, MemoryLimitError
+from fastsitch.networks.names import BLOCKS
+from fastsitch.networks.resnet import position_shapes
+from fastsitch.stitching.geometry import Shape
+from fastsitch.sweep.memory import (
+    StepKind,
+    group_memory,
+    largest_group,
+    matching_memory,
+    memory_budget,
+    smallest_group_memory,
+)
+from tests.conftest import cli_environment, cli_line, save_npz
+
+KIND = StepKind(images=64, itemsize=2, device="cpu")
+
+BATCH = StepKind(images=640, itemsize=4, device="cpu")
+
+
+def shapes(architecture: str, width: int = 16) -> list[Shape]:
+    return [shape for _, shape in position_shapes(BLOCKS[architecture], width, (32, 32))]
+
+
+def cells(sender: list[Shape], receiver: list[Shape]) -> list[tuple[int, int]]:
+    return [(i, j) for j in range(len(receiver)) for i in range(len(sender))]
+
+
+MEASURE = """
+import ctypes, gc, sys
+import torch
+from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.stitching.engine import TrainingRecipe, train_group
+from fastsitch.stitching.cells import Cell, Unit
+from fastsitch.sweep.memory import StepKind, group_memory
+from tests.conftest import network
+
+torch.set_grad_enabled(False)
+receiver, width, images, groups, precision = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
+dtype, cpu = getattr(torch, precision), torch.device("cpu")
+sender = FrozenNetwork(network("R1111", width=width).float(), dtype=dtype, device=cpu)
+frozen = FrozenNetwork(network(receiver, seed=1, width=width).float(), dtype=dtype, device=cpu)
+provided = sender.representations(torch.randn(2 * images, 3, 32, 32))
+labels = torch.randint(0, 10, (2 * images,))
+source = ResidentSource.from_tensors(provided, provided, labels, labels)
+unit = Unit(sender="R1111", receiver=receiver, setting="T2T", loss="task", seed=0)
+cells = [Cell(unit, i, j) for j in range(len(frozen.positions)) for i in range(5)]
+recipe = TrainingRecipe(name="small", epochs=1, batch_size=images, lr=0.01, momentum=0.9, weight_decay=0.01)
+order = ImageOrder(seed=0)
+
+def status(key):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+train_group(frozen, source, cells[-2:], recipe, order)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+before = status("VmRSS")
+with open("/proc/self/clear_refs", "w") as file:
+    file.write("5")
+train_group(frozen, source, cells[::groups], recipe, order)
+print(status("VmHWM") - before, group_memory(
+    [(cell.i, cell.j) for cell in cells[::groups]], source.shapes, [p.shape for p in frozen.positions],
+    StepKind(images=images, itemsize=dtype.itemsize, device="cpu"),
+))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize(
+    "case",
+    ["R1111 16 192 1 bfloat16", "R1122 16 192 2 float32", "R2222 16 128 1 bfloat16", "R1111 48 96 2 float32"],
+)
+def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case: str) -> None:
+    line = [sys.executable, "-c", MEASURE, *case.split()]
+    ended = subprocess.run(line, env=cli_environment(), capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 0, ended.stderr
+    measured, predicted = map(int, ended.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_predicted_memory_grows_with_stitches_and_images() -> None:
+    sender, receiver = shapes("R1111"), shapes("R1112")
+    early = [(i, 0) for i in range(5)]
+    late = [(i, 5) for i in range(5)]
+    overhead = group_memory([], sender, receiver, KIND)
+    one, two = (group_memory(early * n, sender, receiver, KIND) - overhead for n in (4, 8))
+    assert 1.8 < two / one < 2
+    assert group_memory(late, sender, receiver, KIND) < group_memory(early, sender, receiver, KIND)
+    masked = StepKind(images=64, itemsize=2, device="cpu", masked=True, gathers=False)
+    assert group_memory(early * 20, sender, receiver, masked) < 0.7 * group_memory(early * 20, sender, receiver, KIND)
+
+
+@pytest.mark.parametrize("megabytes", [70, 100, 130, 200, 300, 400, 1000])
+def test_the_largest_group_fits_and_a_larger_one_does_not(megabytes: int) -> None:
+    pairs = [(shapes(a), shapes(b)) for a, b in (("R1111", "R1111"), ("R2222", "R1111"), ("R1111", "R2222"))]
+    budget = megabytes * 10**6
+    size = largest_group(pairs, KIND, budget)
+    most = max(len(sender) * len(receiver) for sender, receiver in pairs)
+
+    def fits(size: int) -> bool:
+        groups = {
+            tuple(cells(sender, receiver)[:: -(-len(sender) * len(receiver) // size)]): (sender, receiver)
+            for sender, receiver in pairs
+        }
+        return all(group_memory(list(own), *pair, KIND) <= budget for own, pair in groups.items())
+
+    assert size == 1 or fits(size)
+    assert size == most or not fits(size + 1)
+    assert smallest_group_memory(pairs, KIND) <= group_memory(cells(*pairs[0]), *pairs[0], KIND)
+
+
+def test_budgets_are_read_and_refused() -> None:
+    assert memory_budget("auto", 1000, "cpu") == 750
+    assert memory_budget("auto", 1000, "cuda") == 900
+    sizes = {"8GB": 8e9, "8G": 8e9, "1.5 gb": 1.5e9, "500M": 5e8, "2e9": 2e9, "64KiB": 64000}
+    assert {text: memory_budget(text, 1, "cpu") for text in sizes} == sizes
+    for text in ("", "much", "-1GB", "0", "8XB", "1.2.3GB"):
+        with pytest.raises(ConfigError, match="expected auto or a size such as 8GB"):
+            memory_budget(text, 1, "cpu")
+
+
+def test_products_by_hand() -> None:
+    # a map of 2 channels into itself, and into half its size: 2x2 and 8x8 inputs, 2x2 and 8x2 weights
+    assert matching_memory([(2, 4, 4)], [(2, 4, 4), (2, 2, 2)]) == 8 * (2 * 2 + 8 * 8 + 2 * (2 * 2 + 8 * 2))
+
+
+@pytest.fixture
+def small_root(fashion: Dataset, tmp_path: Path) -> Path:
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
+    for name in ("R1111", "R1112"):
+        fastsitch.train(name, dataset=f"npz:{tmp_path / 'small.npz'}", width=4, epochs=1, root=tmp_path)
+    return tmp_path
+
+
+def test_a_budget_sets_the_size_of_groups_and_nothing_else(small_root: Path) -> None:
+    options = {"batch_size": 32, "precision": "fp32", "root": small_root}
+    whole = fastsitch.sweep("R1111", "R1112", run="whole", **options)  # type: ignore[arg-type]
+    split = fastsitch.sweep("R1111", "R1112", run="split", memory="85MB", **options)  # type: ignore[arg-type]
+    assert whole.resolved.group_size == 30
+    assert split.resolved.group_size < 30
+    np.testing.assert_allclose(
+        split.matrix("R1111", "R1112", "accuracy"), whole.matrix("R1111", "R1112", "accuracy"), atol=2 / 80
+    )
+    estimate = fastsitch.estimate("R1111", "R1112", memory="85MB", **options)  # type: ignore[arg-type]
+    assert estimate.group_size == split.resolved.group_size
+    assert estimate.memory <= 85e6
+    with pytest.raises(MemoryLimitError, match="a single one needs about 0.07 GB: allow more, or use a smaller"):
+        fastsitch.sweep("R1111", "R1112", run="none", memory="20MB", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
+def test_groups_are_halved_when_memory_cannot_be_had(fashion: Dataset, tmp_path: Path) -> None:
+    """Real allocations fail: the process may not grow by more than a few megabytes once training begins."""
+    limited = (
+        "import resource, sys\n"
+        "from fastsitch.cli import main\n"
+        "from fastsitch.sweep import execute\n"
+        "allowed = int(sys.argv.pop())\n"
+        "train = execute.train_in_groups\n"
+        "def bounded(*arguments):\n"
+        "    size = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (size + allowed, -1))\n"
+        "    return train(*arguments)\n"
+        "execute.train_in_groups = bounded\n"
+        "main.main()\n"
+    )
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 640, 80)
+    for name in ("R1111", "R1112"):
+        fastsitch.train(name, dataset=f"npz:{tmp_path / 'small.npz'}", width=4, epochs=1, root=tmp_path)
+    group = group_memory(cells(shapes("R1111", 4), shapes("R1112", 4)), shapes("R1111", 4), shapes("R1112", 4), BATCH)
+    arguments = cli_line("sweep", "--senders", "R1111", "--receivers", "R1112", "--batch-size", "640")[3:]
+    options = [*arguments, "--precision", "fp32", "--root", str(tmp_path)]
+    fastsitch.precompute("R1111", root=tmp_path)
+
+    def run(name: str, allowed: int) -> subprocess.CompletedProcess[str]:
+        line = [sys.executable, "-c", limited, *options, "--run", name, str(allowed)]
+        return subprocess.run(line, env=cli_environment(), capture_output=True, text=True)
+
+    free = run("free", 4 << 30)
+    assert free.returncode == 0, free.stderr
+    assert "did not suffice" not in free.stderr
+    tight = run("tight", int(0.9 * group))
+    assert tight.returncode == 0, tight.stderr
+    assert "memory did not suffice for a group of 30 cells: going on with 15 at a time" in tight.stderr
+    matrices = [
+        fastsitch.open_run(name, root=tmp_path).matrix("R1111", "R1112", "accuracy") for name in ("free", "tight")
+    ]
+    np.testing.assert_allclose(*matrices, atol=2 / 80)
+    none = run("none", 1 << 20)
+    assert none.returncode == 2
+    assert "memory does not suffice for a single stitch" in none.stderr
+    assert "Traceback" not in none.stderr
+
+
+def test_the_step_is_that_of_the_resolved_configuration() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert StepKind.of(cpu, "bf16", "torch", "off", 64) == KIND
+    compiled = StepKind.of(cpu, "fp32", "torch", "on", 64)
+    assert (compiled.masked, compiled.micro_batch, compiled.itemsize) == (True, 256, 4)
+    gpu = StepKind.of(cuda, "bf16", "triton", "on", 256)
+    assert (gpu.masked, gpu.micro_batch, gpu.gathers) == (True, 2048, False)
