@@ -23,13 +23,15 @@ from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.precompute import ensure_store
 from fastsitch.activations.resident import ResidentSource
 from fastsitch.activations.source import Source
-from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.store import ActivationStore, StoreIdentity
 from fastsitch.activations.streamed import StreamedSource
+from fastsitch.activations.writer import writing
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.machine import DTYPES, configure, processor, resolve_device, resolve_precision, versions
-from fastsitch.networks.checkpoint import Network, load_network
+from fastsitch.networks.checkpoint import load_network
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.networks.names import NetworkName
+from fastsitch.networks.resnet import SmallResNet
 from fastsitch.networks.training import network_recipe, train_network
 from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell, Unit
@@ -37,11 +39,6 @@ from fastsitch.stitching.engine import TrainingRecipe, train_group
 
 NAME = NetworkName.parse("R1111")
 UNIT = Unit(sender="R1111", receiver="R1111", setting="T2T", loss="task", seed=0)
-
-
-def network_of(root: Root, dataset: Dataset, width: int, device: torch.device) -> Network:
-    train_network(root, dataset, NAME, width=width, recipe=network_recipe("fast", 1), device=device)
-    return load_network(root.models(dataset.name), NAME)
 
 
 def training(epochs: int) -> TrainingRecipe:
@@ -59,8 +56,12 @@ def train(source: Source, receiver: FrozenNetwork, epochs: int) -> float:
 
 def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> dict:
     dtype = DTYPES[resolve_precision("auto", device)]
-    dataset = load_dataset("fashion-mini", folder)
-    network = network_of(Root.at(folder), dataset, options.width, device)
+    whole = load_dataset("fashion-mini", folder)
+    few = Split(whole.train.images[: options.images], whole.train.labels[: options.images])
+    dataset = Dataset(whole.name, few, whole.test, whole.classes)
+    root = Root.at(folder)
+    train_network(root, dataset, NAME, width=options.width, recipe=network_recipe("fast", 1), device=device)
+    network = load_network(root.models(dataset.name), NAME)
     store, _ = ensure_store(folder / "store" / "R1111", dataset, network, device=device)
     receiver = FrozenNetwork(network.chain, dtype=dtype, device=device)
     sender = FrozenNetwork(network.chain, dtype=DTYPES[store.identity.compute], device=device)
@@ -98,13 +99,32 @@ def peak(folder: Path, times: int) -> dict[str, int]:
 
 
 def repeated_store(folder: Path, times: int) -> None:
-    few = load_dataset("fashion-mini", folder)
-    train, test = (
-        Split(split.images.repeat(times, 1, 1, 1), split.labels.repeat(times)) for split in (few.train, few.test)
+    """The embedded images, as an untrained network of width 2 represents them, so many times over."""
+    dataset = load_dataset("fashion-mini", folder)
+    chain = SmallResNet((1, 1, 1, 1), width=2, classes=10, input_shape=dataset.input_shape)
+    sender = FrozenNetwork(chain, dtype=torch.bfloat16, device=torch.device("cpu"))
+    identity = StoreIdentity(
+        network="R1111",
+        dataset=dataset.name,
+        weights="",
+        data="",
+        normalisation={},
+        dtype="bf16",
+        compute="bf16",
+        compress="none",
     )
-    dataset = Dataset(f"npz:{folder}/times-{times}.npz", train, test, few.classes)
-    network = network_of(Root.at(folder), dataset, 2, torch.device("cpu"))
-    ensure_store(folder / f"times-{times}" / "R1111", dataset, network, device=torch.device("cpu"))
+    # whole blocks, so that every repetition begins with a chunk
+    splits = {"train": dataset.train.images[: 39 * 256], "test": dataset.test.images[: 7 * 256]}
+    sizes = {name: times * len(images) for name, images in splits.items()}
+    with torch.no_grad(), writing(folder / f"times-{times}" / "R1111", identity, chain.positions, sizes) as writer:
+        for name, images in splits.items():
+            for first in range(0, len(images), 256):
+                block = sender.representations(dataset.normalisation.apply(images[first : first + 256]))
+                for start in range(first, sizes[name], len(images)):
+                    for index, x in enumerate(block):
+                        writer.write(name, index, start, x.permute(0, 2, 3, 1))
+            numbers = torch.arange(sizes[name])
+            writer.write_samples(name, numbers % 10, numbers)
 
 
 def stream_once(folder: Path, times: int) -> None:
@@ -128,6 +148,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
@@ -154,6 +175,7 @@ def main() -> None:
         "pair": "R1111--R1111",
         "width": options.width,
         "batch_size": 64,
+        "images": options.images,
         "epochs": options.epochs,
         "n": options.repeats,
         **measured,
