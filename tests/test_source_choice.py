@@ -16,7 +16,7 @@ from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, MemoryLimitError
 from fastsitch.root import Root
 from fastsitch.sweep import estimate as estimates
-from fastsitch.sweep import source_rates
+from fastsitch.sweep import execute, source_rates
 from fastsitch.sweep.choose_source import SourceCosts, SourceRates, choose_source
 from fastsitch.sweep.config import sweep_config
 from tests.conftest import Command, save_npz
@@ -154,7 +154,7 @@ def test_the_source_of_a_run_is_chosen_once(
     resident = (4 * 1024 * 2 + 8 * 256 + 16 * 64 + 32 * 16) * (TRAIN + TEST) * 4
     options: dict[str, Any] = {"root": root, "run": "chosen", "precision": "fp32", **OPTIONS}
     with monkeypatch.context() as small, caplog.at_level(logging.INFO):
-        small.setattr(source_rates, "available_memory", lambda device: int(1.5 * resident))
+        small.setattr(execute, "available_memory", lambda device: int(1.5 * resident))
         small.setattr(source_rates, "live_rate", lambda split: 5.0)
         run = fastsitch.sweep(["R1111"], ["R1111", "R1112"], **options)
     (line,) = re.findall("source streamed: .*", caplog.text)
@@ -234,7 +234,7 @@ def test_a_sweep_with_a_source_that_does_not_fit_leaves_nothing_behind(
     place: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, dataset = place
-    monkeypatch.setattr(source_rates, "available_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(execute, "available_memory", lambda device: 10_000_000)
     with pytest.raises(MemoryLimitError, match="--source resident needs 0.1 GB of memory, 0.0 GB are free"):
         fastsitch.sweep(["R1111"], ["R1112"], source="resident", root=root, run="large", precision="fp32", **OPTIONS)
     assert not (Root.at(root).run(dataset, "large") / "run.json").exists()
