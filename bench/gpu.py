@@ -2,7 +2,8 @@
 
 First the kernels by themselves (bench/gpu_kernels.py). Then the real thing: train, precompute and sweep on the GPU,
 with torch and eager blocks and with Triton and compiled ones, and the same sweep on the CPU from the same networks and
-store; the matrices are compared. Ends with 2 on a machine without CUDA, with 1 when a comparison fails.
+store; the matrices are compared. Then an epoch in torch's sync debug mode, where waiting for the GPU is an error, and
+a step as a CUDA graph beside the plain one. Ends with 2 on a machine without CUDA, with 1 when a comparison fails.
 """
 
 import argparse
@@ -19,7 +20,20 @@ import numpy as np
 import torch
 
 import fastsitch
+from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.store import ActivationStore
 from fastsitch.machine import versions
+from fastsitch.networks.checkpoint import load_network
+from fastsitch.networks.compiled import compile_blocks
+from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
+from fastsitch.stitching.bank import StitchBank
+from fastsitch.stitching.cascade import Cascade
+from fastsitch.stitching.cells import Cell, Unit
+from fastsitch.stitching.engine import stitch_optimizer, train_step
+from fastsitch.sweep.config import STITCH_RECIPES
 
 MEAN_BOUND, CELL_BOUND = 0.01, 0.06
 """Largest difference of accuracies between the devices: in the mean over cells, and for a single cell. bf16 rounding
@@ -74,6 +88,53 @@ def end_to_end(root: Path) -> dict[str, Any]:
     }
 
 
+def one_epoch(root: Path) -> dict[str, Any]:
+    """An epoch in which any synchronisation with the host is an error; then the step as a CUDA graph, timed."""
+    device = torch.device("cuda")
+    folder, name = Root.at(root).models("fashion-mini"), NetworkName.parse("R1111")
+    store = ActivationStore.open(Root.at(root).store("fashion-mini", name))
+    source = ResidentSource.load(store, dtype=torch.bfloat16, device=device)
+    receiver = FrozenNetwork(load_network(folder, name).chain, dtype=torch.bfloat16, device=device)
+    compile_blocks(receiver)
+    unit = Unit(sender="R1111", receiver="R1111", setting="T2T", loss="task", seed=0)
+    cells = [Cell(unit, i, j) for j in range(5) for i in range(5)]
+    shapes = [position.shape for position in receiver.positions]
+    bank = StitchBank(cells, source.shapes, shapes, dtype=torch.bfloat16, device=device, kernel="triton")
+    recipe = STITCH_RECIPES["small"]
+    cascade = Cascade(receiver, bank.counts, recipe.batch_size)
+    optimizer = stitch_optimizer(bank, recipe)
+    with torch.no_grad():
+        batches = list(source.train.shuffled(ImageOrder(seed=0), 0, recipe.batch_size))
+        for batch in batches[:3]:
+            train_step(cascade, bank, batch, optimizer)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for batch in batches:
+                train_step(cascade, bank, batch, optimizer)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        index = torch.arange(recipe.batch_size, device=device)
+        eager = median_seconds(lambda: train_step(cascade, bank, source.train.batch(index), optimizer))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            train_step(cascade, bank, source.train.batch(index), optimizer)
+        graphed = median_seconds(graph.replay)
+    return {"ok": True, "steps": len(batches), "step_seconds": eager, "graphed_step_seconds": graphed}
+
+
+def median_seconds(work: Callable[[], object]) -> float:
+    """Of 20 calls in a row, 5 times."""
+    times = []
+    for _ in range(5):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(20):
+            work()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - start) / 20)
+    return sorted(times)[2]
+
+
 def kernels() -> dict[str, Any]:
     """The kernels' own checks and timings, in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -96,6 +157,7 @@ def main() -> int:
         stages: dict[str, Callable[[], dict[str, Any]]] = {
             "kernels": kernels,
             "end_to_end": lambda: end_to_end(Path(folder)),
+            "one_epoch": lambda: one_epoch(Path(folder)),
         }
         for name, stage in stages.items():
             start = time.perf_counter()
@@ -107,7 +169,7 @@ def main() -> int:
             result[name]["wall_seconds"] = time.perf_counter() - start
             options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result["end_to_end"], indent=1))
+    print(json.dumps({name: result[name] for name in ("end_to_end", "one_epoch")}, indent=1))
     return 0 if all(result[name]["ok"] for name in stages) else 1
 
 

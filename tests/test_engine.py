@@ -338,12 +338,13 @@ def test_evaluation_covers_every_test_image_in_batches_of_any_size(fashion: Data
     torch.testing.assert_close(accuracy, expected, rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("kernel", ["torch", "triton"])
-def test_a_step_runs_without_hardware_and_without_synchronising(kernel: str) -> None:
+def test_a_step_runs_without_hardware_and_without_synchronising(kernel: str, masked: bool) -> None:
     """On the meta device every .item(), data-dependent branch or tensor left elsewhere is an error."""
     meta = torch.device("meta")
     sender, receiver = network("R1111"), network("R1122", seed=1)
-    model = FrozenNetwork(receiver, dtype=torch.bfloat16, device=meta)
+    model = FrozenNetwork(receiver, dtype=torch.bfloat16, device=meta, masked=masked)
     images = torch.empty(12, 3, 32, 32, device=meta)
     provided = FrozenNetwork(sender, dtype=torch.bfloat16, device=meta).representations(images)
     labels = torch.empty(12, dtype=torch.int64, device=meta)
