@@ -75,6 +75,8 @@ class SweepEstimate:
     """Bytes of memory free on the device now."""
     disk: int
     """Bytes of the activation stores that will be made, and of the results."""
+    free_disk: int
+    """Bytes free on the root's disk now."""
     seconds: float
     """At the rate of convolution measured just now."""
 
@@ -113,7 +115,8 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         pixels=3 * data.height * data.width,
         itemsize=dtype.itemsize,
     )
-    source = choose_source(config, costs, available=available_memory(torch_device), free_disk=free_space(root.path))
+    free_disk = free_space(root.path)
+    source = choose_source(config, costs, available=available_memory(torch_device), free_disk=free_disk)
     pairs = [(len(shapes[planned.sender]), shapes[planned.receiver]) for planned in units]
     if config.group_size == "auto":
         budget = int(0.4 * max(0, available_memory(torch_device) - source.memory))
@@ -155,6 +158,7 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto") -> Swe
         memory=source.memory + step_memory,
         available=available_memory(torch_device),
         disk=(0 if source.name == "live" else costs.missing) + 4 * sum(unit.parameters for unit in estimates),
+        free_disk=free_disk,
         seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD
         + (sum(unit.exact_flops for unit in estimates) / product_rate(torch_device) if config.matches else 0.0),
     )
