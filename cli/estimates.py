@@ -58,7 +58,11 @@ def show_estimate(estimate: SweepEstimate) -> None:
         f"memory (model): {size(estimate.memory)}, the source and one training step; "
         f"{fits} into the {size(estimate.available)} that are free"
     )
-    typer.echo(f"disk (model): {size(estimate.disk)}, stores that will be made and results")
+    room = "fit" if estimate.disk <= estimate.free_disk else "do NOT fit"
+    typer.echo(
+        f"disk (model): {size(estimate.disk)}, stores that will be made and results; "
+        f"they {room} into the {size(estimate.free_disk)} that are free"
+    )
     typer.echo(f"time (model): {duration(estimate.seconds)}, from the speed of a convolution measured just now")
 
 

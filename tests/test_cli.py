@@ -77,14 +77,16 @@ def test_the_doctor_names_what_this_machine_uses(run_cli: Command) -> None:
 def test_a_dry_run_needs_nothing_but_names(run_cli: Command, tmp_path: Path) -> None:
     small = [f"R{a}{b}{c}{d}" for a in "12" for b in "12" for c in "12" for d in "12"]
     names = ",".join(small)
-    planned = run_cli("sweep", "--senders", names, "--receivers", names, "--dataset", "cifar10", "--dry-run")
+    planned = run_cli(
+        "sweep", "--senders", names, "--receivers", names, "--dataset", "cifar10", "--source", "streamed", "--dry-run"
+    )
     assert planned.returncode == 0, planned.stderr
     assert "256 units, 12544 cells, 50000 + 10000 images 32x32" in planned.stdout
     assert "not trained: width 64 assumed" in planned.stdout
     for pattern in (
         r"memory \(model\): \d",
-        # all stores; said where the source is explained when this machine's disk has no room for them
-        r"disk \(model\): 4\d\d\.\d GB|stores that are missing need 4\d\d\.\d GB of disk",
+        r"source \(model\): streamed: as asked for, [4-9]\.\d GB",
+        r"disk \(model\): 4\d\d\.\d GB, .* into the \d.* that are free",
         r"time \(model\): \d",
         "stitches by kind",
     ):

@@ -95,8 +95,8 @@ def choose_source(
 ) -> SourceChoice:
     """The source of a sweep, given the bytes free in the device's memory and on the disk.
 
-    ``rates`` is asked where speed decides; without it, streaming is predicted. Raises MemoryLimitError or ConfigError
-    when a source that was asked for by name cannot work.
+    ``rates`` is asked where speed decides. Raises MemoryLimitError or ConfigError when a source that was asked for by
+    name cannot work. Without ``rates`` it is a prediction: nothing is refused, and streaming is taken to be faster.
     """
     no_room = f"stores that are missing need {_gb(costs.missing)} of disk, {_gb(free_disk)} are free"
     room = costs.missing <= free_disk
@@ -108,13 +108,13 @@ def choose_source(
         return choice("live", f"recipe {config.recipe.name} shows new views of the images in every epoch")
     if config.source != "auto":
         needed = costs.memory[config.source]
-        if needed > MEMORY_LIMIT * available:
+        if rates is not None and needed > MEMORY_LIMIT * available:
             others = " or ".join(name for name in ("streamed", "live") if name != config.source)
             raise MemoryLimitError(
                 f"--source {config.source} needs {_gb(needed)} of memory, {_gb(available)} are free: "
                 f"use --source {others}"
             )
-        if config.source != "live" and not room:
+        if rates is not None and config.source != "live" and not room:
             raise ConfigError(f"--source {config.source}: {no_room}: make room, or use --source live")
         return choice(config.source, f"as asked for, {_gb(needed)} of memory")
     share = RESIDENT_SHARE * available

@@ -70,6 +70,8 @@ class SweepEstimate:
     """Bytes of memory free on the device now."""
     disk: int
     """Bytes of the activation stores that will be made, and of the results."""
+    free_disk: int
+    """Bytes free on the root's disk now."""
     seconds: float
     """At the rate of convolution measured just now."""
 
@@ -109,7 +111,8 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory
         itemsize=dtype.itemsize,
     )
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
-    source = choose_source(config, costs, available=budget, free_disk=free_space(root.path))
+    free_disk = free_space(root.path)
+    source = choose_source(config, costs, available=budget, free_disk=free_disk)
     resolved = resolve(root.path, config, shapes, source, torch_device, memory=memory, budget=budget)
     group_size = resolved.group_size
     kind = StepKind.of(torch_device, precision, resolved.kernel, resolved.compile, config.recipe.batch_size)
@@ -146,6 +149,7 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory
         memory=source.memory + step_memory,
         available=available_memory(torch_device),
         disk=(0 if source.name == "live" else costs.missing) + 4 * sum(unit.parameters for unit in estimates),
+        free_disk=free_disk,
         seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD
         + (sum(unit.exact_flops for unit in estimates) / product_rate(torch_device) if config.matches else 0.0),
     )
