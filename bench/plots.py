@@ -36,7 +36,9 @@ def cost_per_cell(axes: Axes, result: dict[str, Any]) -> None:
     samples = [own["cells"] * result["config"]["batch_size"] for own in groups]
     floor = [own["bare_seconds"]["median"] / count * 1e6 for own, count in zip(groups, samples, strict=True)]
     axes.errorbar(sizes, costs, [below, above], marker="o", capsize=3, label="training step")
-    axes.plot(sizes, floor, marker="s", linestyle="--", color="0.4", label="bare convolutions, each over the whole batch")
+    axes.plot(
+        sizes, floor, marker="s", linestyle="--", color="0.4", label="bare convolutions, each over the whole batch"
+    )
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
     axes.minorticks_off()
