@@ -185,8 +185,8 @@ def test_group_sizes_are_measured_in_all_parts() -> None:
     for own in (single, unit, twice):
         assert tuple(own.parts) == PARTS
         assert all(part.min > 0 and part.n == 2 for part in own.parts.values())
-        assert own.over_bare.min > 1
-        assert own.fraction.max < 1
+        assert own.over_bare.min * own.fraction.max == pytest.approx(1)
+        assert own.over_bare.max * own.fraction.min == pytest.approx(1)
         assert own.rate.median == pytest.approx(own.cells * 8 / own.seconds.median, rel=0.5)
     # a group of one pays per step what a unit pays once
     assert single.seconds.min > unit.seconds.min

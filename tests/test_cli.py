@@ -246,12 +246,21 @@ def test_paths_with_spaces_come_back_in_a_command_that_can_be_pasted(
     assert run_cli(*line[1:], "--width", "2", "--epochs", "1").returncode == 0
 
 
+def hear_interrupts() -> None:
+    """Tests that a shell runs in the background ignore interrupts, and their children would too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_an_interrupted_sweep_ends_with_1_and_says_so(fashion: Dataset, tmp_path: Path) -> None:
     save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
     fastsitch.train("R1111", dataset=f"npz:{tmp_path / 'small.npz'}", width=4, epochs=1, root=tmp_path)
     options = ["--senders", "R1111", "--receivers", "R1111", "--batch-size", "8", "--epochs", "1000", "--run", "long"]
     process = subprocess.Popen(
-        cli_line("sweep", *options, "--root", tmp_path), env=cli_environment(), stderr=subprocess.PIPE, text=True
+        cli_line("sweep", *options, "--root", tmp_path),
+        env=cli_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=hear_interrupts,
     )
     while not list(tmp_path.glob("runs/*/long/run.json")):
         assert process.poll() is None
@@ -272,7 +281,9 @@ def test_an_interrupt_inside_exec_ends_with_1(tmp_path: Path) -> None:
         "main.main()\n"
     )
     line = [sys.executable, "-m", "interrupted"]
-    ended = subprocess.run(line, cwd=tmp_path, env=cli_environment(), capture_output=True, text=True)
+    ended = subprocess.run(
+        line, cwd=tmp_path, env=cli_environment(), capture_output=True, text=True, preexec_fn=hear_interrupts
+    )
     assert ended.returncode == 1
     assert ended.stderr == "fastsitch: interrupted; what is finished is kept, the same command does the rest\n"
 
