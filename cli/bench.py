@@ -1,5 +1,6 @@
 """The command that measures: bench."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,11 @@ def bench(
     """Measure this machine: its ceilings, a training step in its parts, the whole study. Needs no networks."""
     if json is not None and json.is_dir():
         raise ConfigError(f"--json {json} is a folder: expected the name of a file")
+    if json is not None:
+        # said before minutes of measuring, not after
+        place = next(parent for parent in json.absolute().parents if parent.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK):
+            raise ConfigError(f"--json {json}: nothing can be written in {place}; expected a folder that can be")
     with Progress("bench", "") as progress:
 
         def report(what: str, done: int, total: int) -> None:

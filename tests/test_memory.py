@@ -128,7 +128,8 @@ def test_budgets_are_read_and_refused() -> None:
     assert memory_budget("auto", 1000, "cuda") == 900
     sizes = {"8GB": 8e9, "8G": 8e9, "1.5 gb": 1.5e9, "500M": 5e8, "2e9": 2e9, "64KiB": 64000}
     assert {text: memory_budget(text, 1, "cpu") for text in sizes} == sizes
-    for text in ("", "much", "-1GB", "0", "8XB", "1.2.3GB"):
+    assert memory_budget(8_000_000_000, 1, "cpu") == 8e9
+    for text in ("", "much", "-1GB", "0", "8XB", "1.2.3GB", "1e400"):
         with pytest.raises(ConfigError, match="expected auto or a size such as 8GB"):
             memory_budget(text, 1, "cpu")
 

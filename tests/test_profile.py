@@ -83,6 +83,23 @@ def test_a_file_that_is_no_profile_is_ignored_and_said_so(
     assert find(tmp_path) == TUNING
 
 
+@pytest.mark.parametrize(
+    ("what", "value"),
+    [("group_size", value) for value in (0, -3, "6", 2.5, None)]
+    + [("compile", "maybe"), ("compile", None), ("versions", []), ("versions", None)],
+)
+def test_impossible_values_are_ignored_and_said_so(
+    what: str, value: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastsitch")
+    path = save_tuning(tmp_path, CPU, TUNING)
+    content = json.loads(path.read_text())
+    (content if what == "versions" else content["tunings"][0])[what] = value
+    path.write_text(json.dumps(content))
+    assert find(tmp_path) is None
+    assert f"profile.json is no profile ({what} {value!r}: expected" in caplog.text
+
+
 def test_tunings_of_several_shapes_live_side_by_side(tmp_path: Path) -> None:
     other = replace(TUNING, width=64, group_size=9)
     save_tuning(tmp_path, CPU, TUNING)

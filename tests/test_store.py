@@ -238,6 +238,8 @@ def test_values_that_fp16_cannot_hold_are_refused(data: Dataset, network: Networ
     with pytest.raises(StoreError, match="R1111 has values at position layer4.0 that fp16 cannot hold"):
         ensure_store(tmp_path / "R1111", data, scaled, dtype="fp16", device=CPU)
     assert not (tmp_path / "R1111").exists()
+    # a disk that was too small must not stay full
+    assert not (tmp_path / "R1111.partial").exists()
 
 
 def writer_threads() -> list[threading.Thread]:

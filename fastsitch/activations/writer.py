@@ -136,15 +136,20 @@ def writing(
 ) -> Iterator[StoreWriter]:
     """Write a store aside and put it at ``path`` by one rename when the block ends without an error.
 
-    What an earlier, killed attempt left behind is removed first. The caller holds the lock.
+    What an earlier, killed attempt left behind is removed first, what this one wrote when it fails: a full disk must
+    not stay full. The caller holds the lock.
     """
     partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
-    writer = StoreWriter(partial, identity, positions, sizes)
-    yield writer
-    writer.finish()
+    try:
+        writer = StoreWriter(partial, identity, positions, sizes)
+        yield writer
+        writer.finish()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     if path.exists():
         path.rename(old)
     partial.rename(path)

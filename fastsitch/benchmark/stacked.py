@@ -4,6 +4,7 @@ Both take the cells of one receiver position after the other, from stored repres
 receiver in the compute dtype.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,7 @@ from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.geometry import Geometry
 
 
-class StackedWays:
+class StackedWays(ABC):
     """What both have in common: parameters stacked by receiver position and geometry, one optimizer."""
 
     def __init__(self, problem: Problem, cells: Sequence[Cell]) -> None:
@@ -51,9 +52,9 @@ class StackedWays:
                 (loss / len(labels)).backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
 
+    @abstractmethod
     def logits(self, j: int, index: Tensor) -> Tensor:
         """(K, B, classes) of the stitches into position j."""
-        raise NotImplementedError
 
     def stitches(self) -> Stitches:
         """What has been learned so far."""

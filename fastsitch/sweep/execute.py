@@ -77,6 +77,8 @@ def run_sweep(
     units = plan_units(config)
     require_networks(root, config)
     torch_device = resolve_device(device)
+    # what is wrong is said even where a run that exists needs no budget
+    memory_budget(memory, available_memory(torch_device), torch_device.type)
     configure(torch_device)
     dataset = load_dataset(config.dataset, root.data_dir)
     if config.loss == "task" and len(dataset.train) < config.recipe.batch_size:

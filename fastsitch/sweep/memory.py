@@ -113,14 +113,15 @@ def smallest_group_memory(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]
     return max(group_memory([(0, 0)], sender, receiver, kind) for sender, receiver in pairs)
 
 
-def memory_budget(requested: str, available: int, device: str) -> int:
+def memory_budget(requested: str | int, available: int, device: str) -> int:
     """Bytes from ``auto`` (a share of what is free) or a size such as 8GB, 500M or 2e9; raises ConfigError."""
+    requested = str(requested)
     if requested == "auto":
         return int(_SHARE[device] * available)
     match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?)(?:i?B)?", requested.strip(), re.IGNORECASE)
     try:
         budget = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
-    except ValueError:
+    except (ValueError, OverflowError):
         budget = 0
     if budget < 1:
         raise ConfigError(f"--memory {requested}: expected auto or a size such as 8GB or 500MB")

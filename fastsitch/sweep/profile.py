@@ -29,6 +29,12 @@ class Tuning:
     rates: dict[str, float]
     """Images x cells per second, by ``GROUP SIZE`` with the chosen ``compile``, the other one as ``compile on|off``."""
 
+    def __post_init__(self) -> None:
+        if type(self.group_size) is not int or self.group_size < 1:
+            raise ValueError(f"group_size {self.group_size!r}: expected a number from 1")
+        if self.compile not in ("on", "off"):
+            raise ValueError(f"compile {self.compile!r}: expected on or off")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -39,6 +45,10 @@ class Profile:
     threads: int
     versions: dict[str, str]
     tunings: tuple[Tuning, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.versions, dict):
+            raise ValueError(f"versions {self.versions!r}: expected names with versions")
 
     @classmethod
     def here(cls, device: torch.device) -> "Profile":
@@ -60,7 +70,7 @@ class Profile:
         try:
             content: dict[str, Any] = json.loads(path.read_text())
             return cls(**{**content, "tunings": tuple(Tuning(**own) for own in content["tunings"])})
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no profile ({error})") from None
 
     def difference(self, other: "Profile") -> str | None:
