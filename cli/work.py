@@ -131,6 +131,9 @@ def sweep(
     ] = None,
     epochs: Annotated[int | None, typer.Option(help="Epochs.", show_default="the recipe's")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
+    optimizer: Annotated[
+        str, typer.Option(help="sgd, or preconditioned: SGD in whitened inputs, for --init matched.")
+    ] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="the recipe's")] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the stitches and the order of images.")] = "0",
     run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="from the configuration")] = None,
@@ -165,6 +168,7 @@ def sweep(
         "recipe": recipe,
         "epochs": epochs,
         "lr": lr,
+        "optimizer": optimizer,
         "batch_size": batch_size,
         "group_size": group_size,
         "precision": precision,

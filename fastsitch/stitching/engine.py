@@ -15,6 +15,7 @@ from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade, cross_entropy
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.matching import Matched
+from fastsitch.stitching.preconditioner import Preconditioner
 from fastsitch.stitching.schedule import stitch_schedule
 
 DONE, DIVERGED = 1, 2
@@ -31,6 +32,8 @@ class TrainingRecipe:
     lr: float
     momentum: float
     weight_decay: float
+    optimizer: str = "sgd"
+    """``sgd``, or ``preconditioned``: SGD in whitened inputs, which needs their moments."""
     augment: bool = False
     """New random views of the training images in every epoch, for which the sender has to run again."""
 
@@ -75,12 +78,17 @@ def train_group(
     All cells share the receiver, the sender (``source``) and the order of images. Results do not depend on which
     other cells are in the group. The receiver's dtype is the compute dtype, ``kernel`` the implementation of the
     stitch operator (``torch`` or ``triton``). Cells in ``init`` start from their matched stitch instead of a random
-    one. Raises ConfigError when there are fewer training images than one batch.
+    one; the preconditioned optimizer needs all cells in it. Raises ConfigError when there are fewer training images
+    than one batch.
     """
     bank = _bank(receiver, source, cells, kernel)
     if init is not None:
         _load(bank, init)
-    train_loss = _train(receiver, source.train, bank, recipe, order, report)
+    preconditioner = None
+    if recipe.optimizer == "preconditioned":
+        assert init is not None, "the moments come with the matched stitches"
+        preconditioner = Preconditioner(bank, init)
+    train_loss = _train(receiver, source.train, bank, recipe, order, preconditioner, report)
     # twice the training batch without what training keeps for gradients: never the larger of the two in memory
     return _results(receiver, source, bank, train_loss, init or {}, 2 * recipe.batch_size)
 
@@ -149,6 +157,7 @@ def _train(
     bank: StitchBank,
     recipe: TrainingRecipe,
     order: ImageOrder,
+    preconditioner: Preconditioner | None,
     report: Callable[[StepReport], None] | None,
 ) -> Tensor:
     """Train in place; return the mean loss of each cell over the last epoch (K,), on the device."""
@@ -167,7 +176,7 @@ def _train(
         loss_sum.zero_()
         for batch in split.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment):
             optimizer.param_groups[0]["lr"] = schedule.rate(step)
-            loss_sum += train_step(cascade, bank, batch, optimizer)
+            loss_sum += train_step(cascade, bank, batch, optimizer, preconditioner)
             step += 1
             if report is not None:
                 report(StepReport(len(bank.cells), step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
@@ -186,13 +195,21 @@ def stitch_optimizer(bank: StitchBank, recipe: TrainingRecipe) -> torch.optim.SG
     )
 
 
-def train_step(cascade: Cascade, bank: StitchBank, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+def train_step(
+    cascade: Cascade,
+    bank: StitchBank,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    preconditioner: Preconditioner | None = None,
+) -> Tensor:
     """One step of all stitches on a batch: forward, backward, update. Returns the losses (K,)."""
     bank.refresh()
     logits = cascade.forward(lambda j, out: bank.forward(j, batch, out))
     loss, g_logits = cross_entropy(logits, batch.labels)
     for j, g in cascade.backward(g_logits):
         bank.backward(j, batch, g)
+    if preconditioner is not None:
+        preconditioner.apply()
     optimizer.step()
     return loss
 

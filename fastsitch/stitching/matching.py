@@ -25,6 +25,8 @@ class Matched:
     """Mean squared error to the expected representation over the training images."""
     method: str
     """``cholesky``, or ``eigen`` where that failed."""
+    inputs: Inputs
+    """Moments of the stitch's inputs, shared with all cells that have the same."""
 
 
 @torch.no_grad()
@@ -45,7 +47,7 @@ def match(moments: Mapping[tuple[int, int], CellMoments], ridge: float = RIDGE) 
         for cell, weight_FD in zip(cells, torch.split(weights, widths, 1), strict=True):
             own, weight_FD = moments[cell], weight_FD.contiguous()
             bias_D = own.mean_D - own.inputs.mean_F @ weight_FD
-            matched[cell] = Matched(weight_FD, bias_D, own.error(weight_FD, bias_D), method)
+            matched[cell] = Matched(weight_FD, bias_D, own.error(weight_FD, bias_D), method, own.inputs)
     return {cell: matched[cell] for cell in moments}
 
 

@@ -24,6 +24,9 @@ LOSSES = ("task", "match")
 INITS = ("default", "matched")
 """A PyTorch convolution's own initialisation, or the matched stitch."""
 
+OPTIMIZERS = {"sgd": 0.01, "preconditioned": 0.08}
+"""How vanilla stitches are trained, each with its peak learning rate."""
+
 STITCH_RECIPES = {
     "paper": TrainingRecipe(name="paper", epochs=4, batch_size=256, lr=0.01, momentum=0.9, weight_decay=0.01),
     "small": TrainingRecipe(name="small", epochs=2, batch_size=64, lr=0.01, momentum=0.9, weight_decay=0.01),
@@ -94,6 +97,12 @@ class SweepConfig:
         recipe = self.recipe
         if recipe.name not in STITCH_RECIPES:
             raise ConfigError(f"--recipe {recipe.name}: expected one of {', '.join(STITCH_RECIPES)}")
+        if recipe.optimizer not in OPTIMIZERS:
+            raise ConfigError(f"--optimizer {recipe.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+        if recipe.optimizer == "preconditioned" and not (self.loss == "task" and self.init == "matched"):
+            raise ConfigError(
+                "--optimizer preconditioned: works on the statistics of a matched start; add --init matched"
+            )
         if recipe.epochs < 1:
             raise ConfigError(f"--epochs {recipe.epochs}: expected at least 1")
         if recipe.batch_size < 1:
@@ -140,6 +149,11 @@ class SweepConfig:
         return self.loss == "match" or self.init == "matched"
 
     @property
+    def preconditions(self) -> bool:
+        """Whether vanilla stitches are trained in whitened inputs."""
+        return self.recipe.optimizer == "preconditioned"
+
+    @property
     def default_run_name(self) -> str:
         """What the run is called when it is not given a name."""
         return f"sweep-{self.hash[:10]}"
@@ -153,6 +167,7 @@ def sweep_config(
     recipe: str | None = None,
     epochs: int | None = None,
     lr: float | None = None,
+    optimizer: str | None = None,
     batch_size: int | None = None,
     group_size: int | str = "auto",
     settings: Sequence[str] | str = ("T2T",),
@@ -167,7 +182,9 @@ def sweep_config(
     name = recipe or ("small" if dataset == DEFAULT_DATASET else "paper")
     if name not in STITCH_RECIPES:
         raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
-    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "batch_size": batch_size}
+    if lr is None and optimizer is not None:
+        lr = OPTIMIZERS.get(optimizer)
+    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "batch_size": batch_size}
     return SweepConfig(
         dataset=canonical_dataset(dataset),
         senders=_canonical(senders),

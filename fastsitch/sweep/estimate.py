@@ -123,7 +123,9 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory
         sender, receiver = shapes[planned.sender], shapes[planned.receiver]
         groups = split_groups(unit_cells(planned.unit, len(sender), len(receiver)), group_size)
         cells = [(cell.i, cell.j) for cell in groups[0]]
-        held = matching_memory(sender, receiver) if config.matches else 0
+        held = 0
+        if config.matches:
+            held = matching_memory(sender, receiver, preconditioned=config.preconditions)
         step_memory = max(step_memory, group_memory(cells, sender, receiver, kind) + held)
         exact = 0.0
         if config.matches:
@@ -177,6 +179,8 @@ def _unit(
             stitch = 2 * geometry.rows * geometry.features * target[0]
             # forward and activation gradient of the receiver; forward and weight gradient of the stitch
             flops += (trained * 2 + data.test) * (behind + stitch)
+            if config.preconditions:
+                flops += trained / config.recipe.batch_size * 2.0 * geometry.features**2 * target[0]
     return UnitEstimate(planned, dict(kinds), parameters, groups, flops, exact_flops)
 
 

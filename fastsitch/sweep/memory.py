@@ -82,12 +82,17 @@ def group_memory(
     )
 
 
-def matching_memory(sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
-    """Predicted bytes of matching a pair: products of the inputs, shared by all receivers, and twice those of cells."""
+def matching_memory(sender: Sequence[Shape], receiver: Sequence[Shape], *, preconditioned: bool = False) -> int:
+    """Predicted bytes of matching a pair: products of the inputs, shared by all receivers, and twice those of cells.
+
+    With a preconditioner also the inverses of the former, in fp32, and three copies of the largest while it is made.
+    """
     geometries = [(i, Geometry.between(origin, target)) for i, origin in enumerate(sender) for target in receiver]
     inputs = {(i, geometry.features) for i, geometry in geometries}
     cells = sum(geometry.features * geometry.receiver[0] for _, geometry in geometries)
-    return 8 * (sum(features**2 for _, features in inputs) + 2 * cells)
+    squares = [features**2 for _, features in inputs]
+    inverses = 4 * sum(squares) + 3 * 8 * max(squares) if preconditioned else 0
+    return 8 * (sum(squares) + 2 * cells) + inverses
 
 
 def largest_group(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind, budget: int) -> int:

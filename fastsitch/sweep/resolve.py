@@ -61,7 +61,9 @@ def resolve(
 def _largest_group(config: SweepConfig, shapes: Shapes, kind: StepKind, room: int, *, named: bool) -> int:
     pairs = [(shapes[planned.sender], shapes[planned.receiver]) for planned in plan_units(config)]
     if config.matches:
-        room -= max(matching_memory(sender, receiver) for sender, receiver in pairs)
+        room -= max(
+            matching_memory(sender, receiver, preconditioned=config.preconditions) for sender, receiver in pairs
+        )
     needed = smallest_group_memory(pairs, kind)
     if named and needed > room:
         raise MemoryLimitError(
