@@ -1,0 +1,32 @@
+"""How far the representations of stitches lie from the expected ones, and from each other."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Matrix = NDArray[np.float64]
+
+MEASURES = ("EV", "ES", "SV")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StitchErrors:
+    """Mean squared errors of all cells of one unit, each (sender positions, receiver positions), float64.
+
+    NaN where the vanilla stitch diverged. Source: Hernandez et al. 2022, Tables 1 and 2.
+    """
+
+    EV: Matrix
+    """Between the expected representation and the vanilla stitch's."""
+    ES: Matrix
+    """Between the expected representation and the matched (similarity-trained) stitch's."""
+    SV: Matrix
+    """Between the matched stitch's representation and the vanilla stitch's."""
+    variance: Matrix
+    """Of the expected representation about its mean in each channel, a mean over channels (receiver positions,)."""
+
+    def normalised(self) -> "StitchErrors":
+        """The errors over the variance of the expected representation; NaN where that does not vary."""
+        scale = np.where(self.variance > 0, self.variance, np.nan)
+        return StitchErrors(EV=self.EV / scale, ES=self.ES / scale, SV=self.SV / scale, variance=self.variance / scale)
