@@ -249,3 +249,15 @@ def test_folders_of_data_sets() -> None:
     for name in ("mnist", "npz:", "imagefolder", "../x"):
         with pytest.raises(DataError, match="unknown data set"):
             dataset_folder(name)
+
+
+def test_the_first_images_are_a_data_set_of_their_own(tmp_path: Path, fashion: Dataset) -> None:
+    few = load_dataset("fashion-mini:50", tmp_path)
+    assert torch.equal(few.train.images, fashion.train.images[:50])
+    assert torch.equal(few.train.labels, fashion.train.labels[:50])
+    assert torch.equal(few.test.images, fashion.test.images)
+    assert (few.name, dataset_folder(few.name)) == ("fashion-mini:50", "fashion-mini-first50")
+    assert few.normalisation != fashion.normalisation
+    for name in ("fashion-mini:0", "fashion-mini:10001", "fashion-mini:x", "fashion-mini:", "fashion-mini:050"):
+        with pytest.raises(DataError, match="expected fashion-mini:N, the first N of its 10000 training images"):
+            load_dataset(name, tmp_path)

@@ -1,7 +1,15 @@
 """Data sets as uint8 tensors in memory."""
 
 from fastsitch.data.dataset import Dataset, Normalisation, Split
-from fastsitch.data.load import DEFAULT_DATASET, SIZES, DatasetSize, canonical_dataset, dataset_folder, load_dataset
+from fastsitch.data.load import (
+    DEFAULT_DATASET,
+    SIZES,
+    DatasetSize,
+    canonical_dataset,
+    dataset_folder,
+    known_size,
+    load_dataset,
+)
 from fastsitch.data.views import Views, augment
 
 __all__ = [
@@ -15,5 +23,6 @@ __all__ = [
     "augment",
     "canonical_dataset",
     "dataset_folder",
+    "known_size",
     "load_dataset",
 ]

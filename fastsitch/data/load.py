@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
@@ -39,9 +39,23 @@ SIZES = {
 }
 
 
+def known_size(name: str) -> DatasetSize | None:
+    """The size of a named data set, or of its first images (``fashion-mini:5000``); None for files and folders.
+
+    Raises DataError when it has not so many images.
+    """
+    base, _, count = name.partition(":")
+    if base not in SIZES or base == name:
+        return SIZES.get(name)
+    size = SIZES[base]
+    if not count.isdecimal() or not 0 < int(count) <= size.train or count != str(int(count)):
+        raise DataError(f"data set {name}: expected {base}:N, the first N of its {size.train} training images")
+    return replace(size, train=int(count))
+
+
 def canonical_dataset(name: str) -> str:
     """The name under which a data set is recorded: with the absolute path of a file or folder; raises DataError."""
-    if name in SIZES:
+    if known_size(name) is not None:
         return name
     kind, path = _located(name)
     return f"{kind}:{path}"
@@ -50,7 +64,10 @@ def canonical_dataset(name: str) -> str:
 def _located(name: str) -> tuple[str, Path]:
     kind, separator, location = name.partition(":")
     if not separator or kind not in ("imagefolder", "npz") or not location:
-        raise DataError(f"unknown data set {name!r}: expected {', '.join(SIZES)}, imagefolder:DIR or npz:FILE")
+        raise DataError(
+            f"unknown data set {name!r}: expected {', '.join(SIZES)}, one of them with :N for its first N training "
+            "images, imagefolder:DIR or npz:FILE"
+        )
     return kind, Path(location).resolve()
 
 
@@ -59,8 +76,8 @@ def dataset_folder(name: str) -> str:
 
     Files and image folders get their own name and a hash of their absolute path.
     """
-    if name in SIZES:
-        return name
+    if known_size(name) is not None:
+        return name.replace(":", "-first")
     kind, path = _located(name)
     stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem if kind == "npz" else path.name)
     return f"{kind}-{stem}-{stable_hash(str(path))[:8]}"
@@ -69,7 +86,8 @@ def dataset_folder(name: str) -> str:
 def load_dataset(name: str, data_dir: Path) -> Dataset:
     """Load a data set into memory (CPU).
 
-    ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to. Raises
+    ``fashion-mini:5000`` is the first 5,000 training images and the whole test set of fashion-mini. ``data_dir`` is
+    where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to. Raises
     DataError when the name is unknown, or when files are missing or malformed.
     """
     name = canonical_dataset(name)
@@ -79,7 +97,9 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     elif kind == "imagefolder":
         train, test = _image_folders(Path(location))
     else:
-        train, test = _BY_NAME[name](data_dir)
+        train, test = _BY_NAME[kind](data_dir)
+        if location:
+            train = (train[0][: int(location)], train[1][: int(location)])
     classes = int(train[1].max()) + 1
     if test[1].max() >= classes:
         raise DataError(

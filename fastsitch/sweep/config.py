@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from operator import index
 from typing import Any
 
 from fastsitch.activations.order import ImageOrder
@@ -171,7 +172,7 @@ def sweep_config(
     batch_size: int | None = None,
     group_size: int | str = "auto",
     settings: Sequence[str] | str = ("T2T",),
-    seeds: Sequence[int] | int = (0,),
+    seeds: Sequence[int] | int | str = (0,),
     **others: Any,
 ) -> SweepConfig:
     """A checked configuration from a recipe's name and what differs from it; raises ConfigError.
@@ -179,7 +180,7 @@ def sweep_config(
     The default recipe is ``small`` for the embedded data set and ``paper`` for all others. Names are brought into
     their shortest form (``R1111@0`` is ``R1111``), repeated ones count once; a text is a list separated by commas.
     """
-    name = recipe or ("small" if dataset == DEFAULT_DATASET else "paper")
+    name = recipe or ("small" if dataset.partition(":")[0] == DEFAULT_DATASET else "paper")
     if name not in STITCH_RECIPES:
         raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
     if lr is None and optimizer is not None:
@@ -192,7 +193,7 @@ def sweep_config(
         recipe=replace(STITCH_RECIPES[name], **{key: value for key, value in changes.items() if value is not None}),
         group_size=str(group_size),
         settings=tuple(dict.fromkeys(listed(settings))),
-        seeds=tuple(dict.fromkeys([seeds] if isinstance(seeds, int) else seeds)),
+        seeds=tuple(dict.fromkeys(_seeds(seeds))),
         **others,
     )
 
@@ -204,6 +205,16 @@ def checked_run_name(name: str) -> str:
             f"--run {name!r}: expected letters, digits, '.', '_' and '-', starting with a letter or digit"
         )
     return name
+
+
+def _seeds(seeds: Sequence[int] | int | str) -> Sequence[int]:
+    """One number, several, or a text of them."""
+    if isinstance(seeds, int):
+        return [seeds]
+    try:
+        return [int(seed) for seed in listed(seeds)] if isinstance(seeds, str) else [index(seed) for seed in seeds]
+    except (TypeError, ValueError):
+        raise ConfigError(f"--seeds {seeds}: expected whole numbers") from None
 
 
 def _canonical(names: Sequence[str] | str) -> tuple[str, ...]:

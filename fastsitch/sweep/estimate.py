@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastsitch.data import SIZES, DatasetSize, load_dataset
+from fastsitch.data import SIZES, DatasetSize, known_size, load_dataset
 from fastsitch.errors import ConfigError
 from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
@@ -57,7 +57,7 @@ class SweepEstimate:
     data: DatasetSize
     positions: dict[NetworkName, list[tuple[str, Shape]]]
     assumed: list[NetworkName]
-    """Networks that are not trained yet, taken at ASSUMED_WIDTH."""
+    """Networks that are not trained yet, whose width is assumed."""
     units: list[UnitEstimate]
     device: str
     precision: str
@@ -80,12 +80,17 @@ class SweepEstimate:
         return sum(unit.cells for unit in self.units)
 
 
-def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory: str = "auto") -> SweepEstimate:
-    """Units, cells, shapes, stitches, parameters, memory, time and disk of a sweep."""
+def estimate_sweep(
+    root: Root, config: SweepConfig, device: str = "auto", memory: str = "auto", *, width: int = ASSUMED_WIDTH
+) -> SweepEstimate:
+    """Units, cells, shapes, stitches, parameters, memory, time and disk of a sweep.
+
+    Networks that are not trained yet are taken to have ``width`` channels in their first stage.
+    """
     torch_device = resolve_device(device)
     precision = resolve_precision(config.precision, torch_device)
     dtype = DTYPES[precision]
-    data = _data_size(root, config.dataset)
+    data = data_size(root, config.dataset)
     if data.train < config.recipe.batch_size:
         raise ConfigError(
             f"{data.train} training images are fewer than one batch of {config.recipe.batch_size} images: "
@@ -99,8 +104,8 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory
         record = namesake(folder, name) if name.random else read_record(folder, name)
         if record is None:
             assumed.append(name)
-        width = ASSUMED_WIDTH if record is None else record.width
-        positions[name] = position_shapes(BLOCKS[name.architecture], width, (data.height, data.width))
+        channels = width if record is None else record.width
+        positions[name] = position_shapes(BLOCKS[name.architecture], channels, (data.height, data.width))
     shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
     costs = source_costs(
         root,
@@ -135,7 +140,7 @@ def estimate_sweep(root: Root, config: SweepConfig, device: str = "auto", memory
             counted.update(shared)
         unit = _unit(planned, sender, receiver, len(groups), config, data, exact)
         if source.name == "live":
-            live = len(groups) * (_trained_images(config, data) + data.test) * _sender_flops(planned.sender, sender)
+            live = len(groups) * (_trained_images(config, data) + data.test) * forward_flops(planned.sender, sender)
             unit = replace(unit, flops=unit.flops + live)
         estimates.append(unit)
     return SweepEstimate(
@@ -190,7 +195,7 @@ def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
     return config.recipe.epochs * epoch_images if config.loss == "task" else 0
 
 
-def _sender_flops(name: NetworkName, shapes: list[Shape]) -> float:
+def forward_flops(name: NetworkName, shapes: list[Shape]) -> float:
     """Forward FLOPs per image up to the last position; the stem sees three channels."""
     channels, height, width = shapes[0]
     return 2.0 * height * width * channels * 27 + sum(_block_flops(BLOCKS[name.architecture], shapes))
@@ -219,10 +224,11 @@ def _block_flops(blocks: tuple[int, ...], shapes: list[Shape]) -> list[float]:
     return flops
 
 
-def _data_size(root: Root, name: str) -> DatasetSize:
+def data_size(root: Root, name: str) -> DatasetSize:
     """Known for the named data sets; counted for files that are there; otherwise a guess, marked so."""
-    if name in SIZES:
-        return SIZES[name]
+    known = known_size(name)
+    if known is not None:
+        return known
     if not Path(name.partition(":")[2]).exists():
         return replace(SIZES["cifar10"], assumed=True)
     dataset = load_dataset(name, root.data_dir)
