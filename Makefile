@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fix kernels-full gpu clean
+.PHONY: demo test check fix paper-small paper-medium kernels-full gpu clean
 
 demo: $(READY)
 	$(BIN)/fastsitch demo --out demo
@@ -23,6 +23,10 @@ fix: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# the published study on embedded images; what is there already is kept
+paper-small paper-medium: paper-%: $(READY)
+	$(BIN)/fastsitch paper --scale $* --root paper-$*/fastsitch-data --out paper-$*
+
 # every kernel, configuration, dtype, geometry and target; check builds a covering part
 kernels-full: $(READY)
 	$(BIN)/python bench/compile_report.py --full
@@ -38,4 +42,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info demo paper-small paper-medium .pytest_cache .mypy_cache .ruff_cache

@@ -6,7 +6,7 @@ import typer
 
 from fastsitch.cli.console import duration, size, table
 from fastsitch.networks.names import NetworkName
-from fastsitch.sweep.estimate import ASSUMED_WIDTH, SweepEstimate
+from fastsitch.sweep.estimate import SweepEstimate
 
 _MOST_UNITS = 40
 
@@ -70,5 +70,5 @@ def _shapes(name: NetworkName, estimate: SweepEstimate) -> list[str]:
     shapes = Counter(shape for _, shape in estimate.positions[name])
     text = ", ".join(f"{count} of {channels}x{height}x{width}" for (channels, height, width), count in shapes.items())
     if name in estimate.assumed:
-        text += f" (not trained: width {ASSUMED_WIDTH} assumed)"
+        text += f" (not trained: width {estimate.positions[name][0][1][0]} assumed)"
     return [str(name), str(len(estimate.positions[name])), text]

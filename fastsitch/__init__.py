@@ -12,6 +12,7 @@ from fastsitch.api import bench, configure_sweep, estimate, open_run, precompute
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
+from fastsitch.paper.run import estimate_paper, paper
 from fastsitch.report.heatmap import plot_run
 from fastsitch.sweep.export import export_run
 from fastsitch.sweep.results import Run
@@ -26,9 +27,11 @@ __all__ = [
     "bench",
     "configure_sweep",
     "estimate",
+    "estimate_paper",
     "export_run",
     "load_dataset",
     "open_run",
+    "paper",
     "plot_run",
     "precompute",
     "sweep",

@@ -17,7 +17,7 @@ LAYERS = [
     {"stitching"},
     {"sweep"},
     {"analysis", "benchmark", "report", "inventory"},
-    {"api", "demo", "__init__"},
+    {"api", "demo", "paper", "__init__"},
     {"cli"},
 ]
 """Lower layers first; a module imports from its own layer or lower ones."""
