@@ -51,6 +51,8 @@ def comma_separated(text: str) -> list[str]:
 def whole_numbers(option: str, text: str) -> list[int]:
     """``"1, 2"`` -> ``[1, 2]``; raises ConfigError."""
     try:
+        if text.strip() and not comma_separated(text):
+            raise ValueError
         return [int(part) for part in comma_separated(text)]
     except ValueError:
         raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from None

@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from fastsitch.activations.batch import Batch
 from fastsitch.benchmark import check, flops
 from fastsitch.benchmark.bare import BareConvolutions
 from fastsitch.benchmark.groups import measure_groups
+from fastsitch.benchmark.memory import scratch_place
 from fastsitch.benchmark.ours import PARTS, Engine
 from fastsitch.benchmark.problem import Problem, make_problem
 from fastsitch.benchmark.race import SWEEP, race
@@ -139,12 +142,20 @@ def test_counted_flops_against_hand_computed_ones() -> None:
     assert study.stitches / study.total == pytest.approx(0.035, abs=0.01)
 
 
+def fused_flops(
+    other: list[int], x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object
+) -> int:
+    """Of a convolution that adds and rectifies on the way, from shapes; those two are not counted."""
+    return conv_flop_count(x, weight, out_shape)
+
+
 def test_flops_are_those_that_are_really_done() -> None:
     problem = small_problem(torch.float32)
     shapes = [position.shape for position in problem.frozen.positions]
     expected = flops.training_flops(shapes, shapes, [(cell.i, cell.j) for cell in problem.cells])
     engine = Engine(problem, problem.cells)
-    with FlopCounterMode(display=False) as counter:
+    fused = {torch.ops.mkldnn._convolution_pointwise_: fused_flops}
+    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
         engine.run(problem.batches(1))
     counts = counter.get_flop_counts()["Global"]
     convolutions = sum(count for operator, count in counts.items() if "convolution" in str(operator))
@@ -228,13 +239,26 @@ def test_the_command_measures_writes_and_tunes(run_cli: Command, tmp_path: Path)
     assert sorted(path.name for path in place.iterdir()) == ["b.json", "fastsitch-data"]
 
 
+def test_what_a_killed_benchmark_left_behind_is_removed(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, check=True)
+    stale = tmp_path / f".fastsitch-bench-{int(ended.stdout)}-x"
+    living = tmp_path / f".fastsitch-bench-{os.getpid()}-x"
+    for folder in (stale, living):
+        (folder / "0").mkdir(parents=True)
+    assert scratch_place(tmp_path / "root") == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [living.name]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--group-sizes", "x"], "--group-sizes x: expected whole numbers"),
         (["--group-sizes", "0"], "--group-sizes 0: expected numbers from 1"),
+        (["--group-sizes", ","], "--group-sizes ,: expected whole numbers"),
+        (["--group-sizes", "26"], "--group-sizes 26: R1111 -> R1111 has 25 cells; expected up to 25, or a multiple"),
+        (["--root", "/proc/none"], "--root /proc/none: nothing can be written in /proc"),
         (["--repeats", "0"], "--repeats 0: expected 1 to"),
-        (["--width", "0"], "--width 0: expected 1 to"),
+        (["--width", "0"], "--width 0: expected 4 to"),
         (["--sender", "R1113"], "unknown network 'R1113'"),
         (["--receiver", "R1111-random@0"], "--receiver R1111-random@0"),
         (["--precision", "fp64"], "--precision fp64: expected one of"),

@@ -126,17 +126,30 @@ def test_the_largest_group_fits_and_a_larger_one_does_not(megabytes: int) -> Non
 def test_budgets_are_read_and_refused() -> None:
     assert memory_budget("auto", 1000, "cpu") == 750
     assert memory_budget("auto", 1000, "cuda") == 900
-    sizes = {"8GB": 8e9, "8G": 8e9, "1.5 gb": 1.5e9, "500M": 5e8, "2e9": 2e9, "64KiB": 64000}
+    sizes = {
+        "8GB": 8e9,
+        "8G": 8e9,
+        "1.5 gb": 1.5e9,
+        "500M": 5e8,
+        "2e9": 2e9,
+        "64KB": 64000,
+        "64KiB": 65536,
+        "8GiB": 2**33,
+    }
     assert {text: memory_budget(text, 1, "cpu") for text in sizes} == sizes
     assert memory_budget(8_000_000_000, 1, "cpu") == 8e9
     for text in ("", "much", "-1GB", "0", "8XB", "1.2.3GB", "1e400"):
-        with pytest.raises(ConfigError, match="expected auto or a size such as 8GB"):
+        with pytest.raises(ConfigError, match="expected auto or a size such as 8GB, 8GiB"):
             memory_budget(text, 1, "cpu")
 
 
 def test_products_by_hand() -> None:
     # a map of 2 channels into itself, and into half its size: 2x2 and 8x8 inputs, 2x2 and 8x2 weights
-    assert matching_memory([(2, 4, 4)], [(2, 4, 4), (2, 2, 2)]) == 8 * (2 * 2 + 8 * 8 + 2 * (2 * 2 + 8 * 2))
+    sender, receiver = [(2, 4, 4)], [(2, 4, 4), (2, 2, 2)]
+    products = 8 * (2 * 2 + 8 * 8 + 2 * (2 * 2 + 8 * 2))
+    assert matching_memory(sender, receiver) == products
+    inverses = 4 * (2 * 2 + 8 * 8) + 3 * 8 * 8 * 8
+    assert matching_memory(sender, receiver, preconditioned=True) == products + inverses
 
 
 @pytest.fixture
@@ -161,6 +174,13 @@ def test_a_budget_sets_the_size_of_groups_and_nothing_else(small_root: Path) -> 
     assert estimate.memory <= 85e6
     with pytest.raises(MemoryLimitError, match="a single one needs about 0.07 GB: allow more, or use a smaller"):
         fastsitch.sweep("R1111", "R1112", run="none", memory="20MB", **options)  # type: ignore[arg-type]
+    # a size that is named has to fit the budget that is named; a refused run leaves no folder
+    refusal = r"--group-size 30: --memory 85MB is enough for groups of \d+; allow more, or use --group-size auto"
+    for act in (fastsitch.sweep, fastsitch.estimate):
+        named = {**options, "run": "none"} if act is fastsitch.sweep else options
+        with pytest.raises(MemoryLimitError, match=refusal):
+            act("R1111", "R1112", group_size=30, memory="85MB", **named)  # type: ignore[operator]
+    assert not list(small_root.rglob("none"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")

@@ -14,10 +14,11 @@ import fastsitch
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, MemoryLimitError
+from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.sweep import estimate as estimates
 from fastsitch.sweep import execute, source_rates
-from fastsitch.sweep.choose_source import SourceCosts, SourceRates, choose_source
+from fastsitch.sweep.choose_source import SourceCosts, SourceRates, choose_source, source_costs
 from fastsitch.sweep.config import sweep_config
 from tests.conftest import Command, save_npz
 
@@ -159,7 +160,7 @@ def test_the_source_of_a_run_is_chosen_once(
         run = fastsitch.sweep(["R1111"], ["R1111", "R1112"], **options)
     (line,) = re.findall("source streamed: .*", caplog.text)
     assert re.fullmatch(
-        r"source streamed: 0\.1 GB do not fit into 0\.0 GB; reading [\d.]+ GB/s = [\d,]+ images/s "
+        r"source streamed: 52\.8 MB do not fit into [\d.]+ MB; reading [\d.]+ GB/s = [\d,]+ images/s "
         r"against 5 images/s live",
         line,
     )
@@ -214,7 +215,12 @@ def test_the_automatic_source(memory: float, disk: float, rates: SourceRates | N
 @pytest.mark.parametrize(
     ("source", "disk", "error", "message"),
     [
-        ("resident", 10, MemoryLimitError, "--source resident needs 31.0 GB of memory, 24.0 GB are free: use --source"),
+        (
+            "resident",
+            10,
+            MemoryLimitError,
+            "needs 31.0 GB of memory, a sweep may take 24.0 GB: use --source",
+        ),
         (
             "streamed",
             0.5,
@@ -241,7 +247,9 @@ def test_a_sweep_with_a_source_that_does_not_fit_leaves_nothing_behind(
 ) -> None:
     root, dataset = place
     monkeypatch.setattr(execute, "available_memory", lambda device: 10_000_000)
-    with pytest.raises(MemoryLimitError, match="--source resident needs 0.1 GB of memory, 0.0 GB are free"):
+    with pytest.raises(
+        MemoryLimitError, match=r"--source resident needs \d+\.\d MB of memory, a sweep may take .* MB: "
+    ):
         fastsitch.sweep(["R1111"], ["R1112"], source="resident", root=root, run="large", precision="fp32", **OPTIONS)
     assert not (Root.at(root).run(dataset, "large") / "run.json").exists()
 
@@ -280,3 +288,20 @@ def test_the_source_is_part_of_the_configuration(place: tuple[Path, str]) -> Non
         loss="match",
     )
     assert not matching.augments
+
+
+def test_what_a_killed_precompute_left_behind_is_no_longer_missing(tmp_path: Path) -> None:
+    root = Root.at(tmp_path)
+    config = sweep_config(dataset="fashion-mini", senders="R1111", receivers="R1111")
+    shapes = {NetworkName.parse("R1111"): [(1, 10, 10)]}
+
+    def missing() -> int:
+        return source_costs(root, config, shapes, images=(900, 100), pixels=1, itemsize=2).missing
+
+    assert missing() == 2 * 100 * 1000
+    leftover = root.store("fashion-mini", NetworkName.parse("R1111")).with_name("R1111.partial") / "train" / "0"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(bytes(150 * 1024))
+    assert missing() == 2 * 100 * 1000 - 150 * 1024
+    leftover.write_bytes(bytes(300 * 1024))
+    assert missing() == 0

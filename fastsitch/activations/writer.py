@@ -139,7 +139,7 @@ def writing(
     What an earlier, killed attempt left behind is removed first, what this one wrote when it fails: a full disk must
     not stay full. The caller holds the lock.
     """
-    partial, old = path.with_name(path.name + ".partial"), path.with_name(path.name + ".old")
+    partial, old = _partial(path), path.with_name(path.name + ".old")
     for leftover in (partial, old):
         shutil.rmtree(leftover, ignore_errors=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -155,3 +155,12 @@ def writing(
     partial.rename(path)
     sync_file(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def leftover_bytes(path: Path) -> int:
+    """Bytes that a killed attempt to write this store takes on the disk; the next attempt removes them first."""
+    return sum(file.stat().st_size for file in _partial(path).rglob("*") if file.is_file())
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(path.name + ".partial")

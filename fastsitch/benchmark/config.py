@@ -9,7 +9,7 @@ from fastsitch.advice import DEFAULT_ROOT
 from fastsitch.errors import ConfigError
 from fastsitch.kernels import KERNELS
 from fastsitch.machine import COMPILE, PRECISIONS
-from fastsitch.networks.names import NetworkName
+from fastsitch.networks.names import BLOCKS, NetworkName
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,14 @@ class BenchConfig:
         for role, name in (("sender", self.sender), ("receiver", self.receiver)):
             if NetworkName.parse(name).random:
                 raise ConfigError(f"--{role} {name}: speed does not depend on training; name R1111 ... R2222")
-        for option, value, most in (
-            ("width", self.width, 4096),
-            ("batch-size", self.batch_size, 4096),
-            ("repeats", self.repeats, 1000),
+        for option, value, least, most in (
+            ("width", self.width, 4, 4096),
+            ("batch-size", self.batch_size, 1, 4096),
+            ("repeats", self.repeats, 1, 1000),
         ):
-            if not 1 <= value <= most:
-                raise ConfigError(f"--{option} {value}: expected 1 to {most}")
-        if any(size < 1 for size in self.group_sizes):
-            raise ConfigError(f"--group-sizes {','.join(map(str, self.group_sizes))}: expected numbers from 1")
+            if not least <= value <= most:
+                raise ConfigError(f"--{option} {value}: expected {least} to {most}")
+        self._check_group_sizes()
         for option, choice, allowed in (
             ("precision", self.precision, PRECISIONS),
             ("kernel", self.kernel, KERNELS),
@@ -50,6 +49,23 @@ class BenchConfig:
         ):
             if choice not in allowed:
                 raise ConfigError(f"--{option} {choice}: expected one of {', '.join(allowed)}")
+
+    def _check_group_sizes(self) -> None:
+        if any(size < 1 for size in self.group_sizes):
+            raise ConfigError(f"--group-sizes {','.join(map(str, self.group_sizes))}: expected numbers from 1")
+        unit = self.unit
+        for size in self.group_sizes:
+            if size > unit and size % unit:
+                raise ConfigError(
+                    f"--group-sizes {size}: {self.sender} -> {self.receiver} has {unit} cells; expected up to {unit}, "
+                    f"or a multiple of it, such as {2 * unit}"
+                )
+
+    @property
+    def unit(self) -> int:
+        """Cells of one unit."""
+        sender, receiver = (NetworkName.parse(name).architecture for name in (self.sender, self.receiver))
+        return (1 + sum(BLOCKS[sender])) * (1 + sum(BLOCKS[receiver]))
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "group_sizes": list(self.group_sizes)}

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -10,10 +11,12 @@ import torch
 from fastsitch.activations.store import ActivationStore, StoreIdentity
 from fastsitch.activations.writer import writing
 from fastsitch.benchmark.timing import Spread, seconds
+from fastsitch.errors import ConfigError
 from fastsitch.networks.chain import Position
 
 STORE_BYTES = 128 << 20
 _READ_IMAGES = 1024
+_SCRATCH = ".fastsitch-bench-"
 
 
 def copy_bandwidth(device: torch.device, repeats: int, elements: int | None = None) -> Spread:
@@ -25,15 +28,43 @@ def copy_bandwidth(device: torch.device, repeats: int, elements: int | None = No
     return Spread.of([2 * count * 4 / time for time in times])
 
 
+def scratch_place(root: Path) -> Path:
+    """The root, or the folder it would be made in; raises ConfigError where nothing can be written.
+
+    What killed benchmarks left behind there is removed.
+    """
+    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.exists())
+    try:
+        tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", dir=place).cleanup()
+    except OSError:
+        raise ConfigError(
+            f"--root {root}: nothing can be written in {place}; expected a folder where that is possible"
+        ) from None
+    for leftover in place.glob(f"{_SCRATCH}*"):
+        process = leftover.name.removeprefix(_SCRATCH).partition("-")[0]
+        if process.isdecimal() and not _alive(int(process)):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return place
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
 def store_speeds(
-    root: Path, positions: tuple[Position, ...], repeats: int, target_bytes: int = STORE_BYTES
+    place: Path, positions: tuple[Position, ...], repeats: int, target_bytes: int = STORE_BYTES
 ) -> dict[str, Spread]:
-    """Bytes per second of writing (flushed, with checksums) and reading a bf16 store on the root's disk.
+    """Bytes per second of writing (flushed, with checksums) and reading a bf16 store in a folder.
 
     ``read`` finds the files in the system's memory; ``read from disk`` has asked the system to drop them first, where
     that can be done.
     """
-    place = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
     elements = sum(position.shape[0] * position.shape[1] * position.shape[2] for position in positions)
     images = max(1, target_bytes // (2 * elements) // _READ_IMAGES) * _READ_IMAGES
     data = [
@@ -52,7 +83,7 @@ def store_speeds(
     )
     cpu = torch.device("cpu")
     speeds: dict[str, list[float]] = {"store write": [], "store read": [], "store read from disk": []}
-    with tempfile.TemporaryDirectory(prefix=".fastsitch-bench-", dir=place) as folder:
+    with tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-", dir=place) as folder:
         for attempt in range(repeats):
             path = Path(folder) / str(attempt)
 

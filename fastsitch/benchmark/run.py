@@ -12,12 +12,12 @@ from fastsitch.benchmark.ceilings import Ceiling, measure_ceiling
 from fastsitch.benchmark.check import Agreement, accuracy_agreement, exact_errors, peer_names
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.groups import GroupMeasure, default_group_sizes, fits, measure_groups
-from fastsitch.benchmark.memory import copy_bandwidth, store_speeds
+from fastsitch.benchmark.memory import copy_bandwidth, scratch_place, store_speeds
 from fastsitch.benchmark.problem import Problem, make_problem
 from fastsitch.benchmark.projection import Projection, project
 from fastsitch.benchmark.race import PeerMeasure, race
 from fastsitch.benchmark.timing import Spread
-from fastsitch.errors import ConfigError, FailedError
+from fastsitch.errors import FailedError
 from fastsitch.machine import (
     DTYPES,
     configure,
@@ -85,6 +85,7 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
     dtype = DTYPES[precision]
     tell: Report = report or (lambda what, done, total: None)
 
+    scratch = scratch_place(root.path)
     tell("check", 0, 2)
     exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
     problem = _problem(config, dtype, torch_device, kernel, compiled == "on")
@@ -98,7 +99,7 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
     tell("ceilings", 1, 3)
     bandwidths = {"copy": copy_bandwidth(torch_device, config.repeats)}
     tell("ceilings", 2, 3)
-    bandwidths |= store_speeds(root.path, problem.frozen.positions, config.repeats)
+    bandwidths |= store_speeds(scratch, problem.frozen.positions, config.repeats)
     groups = measure_groups(problem, sizes, config.repeats, partial(tell, "group sizes"))
     peers = race(problem, agreements, config.repeats, partial(tell, "peers")) if config.peers else []
     tell("projection", 0, 1)
@@ -145,13 +146,6 @@ def _problem(config: BenchConfig, dtype: torch.dtype, device: torch.device, kern
 
 
 def _group_sizes(problem: Problem, config: BenchConfig) -> list[int]:
-    unit = len(problem.cells)
-    for size in config.group_sizes:
-        if size > unit and size % unit:
-            raise ConfigError(
-                f"--group-sizes {size}: {config.sender} -> {config.receiver} has {unit} cells; expected up to {unit}, "
-                f"or a multiple of it, such as {2 * unit}"
-            )
     sizes = sorted(set(config.group_sizes)) or default_group_sizes(problem)
     if not fits(problem, sizes):
         raise FailedError(

@@ -7,6 +7,7 @@ from fastsitch.activations.batch import Shape
 from fastsitch.activations.resident import MEMORY_LIMIT
 from fastsitch.activations.stream_plan import stream_capacity
 from fastsitch.activations.streamed import READ_AHEAD
+from fastsitch.activations.writer import leftover_bytes
 from fastsitch.errors import ConfigError, MemoryLimitError
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
@@ -27,7 +28,7 @@ class SourceCosts:
     memory: Mapping[str, int]
     """By source: what the sender that needs most of it holds in the device's memory."""
     missing: int
-    """Disk for the stores that do not exist yet."""
+    """Disk for the stores that do not exist yet, beyond what interrupted attempts at them take already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +79,9 @@ def source_costs(
             "live": pixels * sum(images) + 2 * largest * 2 * batch * itemsize,
         },
         missing=sum(
-            elements(shapes[name]) * sum(images) * STORED_ITEMSIZE
+            max(0, elements(shapes[name]) * sum(images) * STORED_ITEMSIZE - leftover_bytes(path))
             for name in stored
-            if not root.store(config.dataset, name).exists()
+            if not (path := root.store(config.dataset, name)).exists()
         ),
     )
 
@@ -98,7 +99,7 @@ def choose_source(
     ``rates`` is asked where speed decides. Raises MemoryLimitError or ConfigError when a source that was asked for by
     name cannot work. Without ``rates`` it is a prediction: nothing is refused, and streaming is taken to be faster.
     """
-    no_room = f"stores that are missing need {_gb(costs.missing)} of disk, {_gb(free_disk)} are free"
+    no_room = f"stores that are missing need {_size(costs.missing)} of disk, {_size(free_disk)} are free"
     room = costs.missing <= free_disk
 
     def choice(name: str, why: str) -> SourceChoice:
@@ -109,23 +110,24 @@ def choose_source(
     if config.source != "auto":
         needed = costs.memory[config.source]
         if rates is not None and needed > MEMORY_LIMIT * available:
-            others = " or ".join(name for name in ("streamed", "live") if name != config.source)
+            others = [name for name in ("streamed", "live") if costs.memory[name] <= MEMORY_LIMIT * available]
+            remedy = f"use --source {' or '.join(others)}" if others else "allow more, or use a smaller --batch-size"
             raise MemoryLimitError(
-                f"--source {config.source} needs {_gb(needed)} of memory, {_gb(available)} are free: "
-                f"use --source {others}"
+                f"--source {config.source} needs {_size(needed)} of memory, a sweep may take {_size(available)}: "
+                f"{remedy}"
             )
         if rates is not None and config.source != "live" and not room:
             raise ConfigError(f"--source {config.source}: {no_room}: make room, or use --source live")
-        return choice(config.source, f"as asked for, {_gb(needed)} of memory")
+        return choice(config.source, f"as asked for, {_size(needed)} of memory")
     share = RESIDENT_SHARE * available
-    resident = f"{_gb(costs.memory['resident'])} fit into {_gb(share)}"
+    resident = f"{_size(costs.memory['resident'])} fit into {_size(share)}"
     if not room:
         return choice("live", no_room)
     if costs.memory["resident"] <= share:
         return choice("resident", resident)
     too_large = resident.replace("fit", "do not fit")
     if costs.memory["streamed"] > MEMORY_LIMIT * available:
-        return choice("live", f"{too_large}, nor does a window of {_gb(costs.memory['streamed'])}")
+        return choice("live", f"{too_large}, nor does a window of {_size(costs.memory['streamed'])}")
     if rates is None:
         return choice("streamed", f"{too_large}; or live, if that is faster when the run begins")
     measured = rates()
@@ -142,5 +144,5 @@ def elements(shapes: Sequence[Shape]) -> int:
     return sum(channels * height * width for channels, height, width in shapes)
 
 
-def _gb(size: float) -> str:
-    return f"{size / 1e9:.1f} GB"
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"

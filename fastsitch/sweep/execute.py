@@ -1,7 +1,8 @@
 """Carry out a sweep: load each sender once, train every missing unit into every receiver, save unit by unit."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -100,13 +101,25 @@ def run_sweep(
     if finished is not None and all(finished.intact(planned.unit) for planned in finished.units):
         log.info("all %d units of run %s are done already", len(units), name)
         return finished
-    with exclusive(path / "lock", f"run {name!r}"):
+    with exclusive(path / "lock", f"run {name!r}"), _no_trace_of_refusal(path):
         current = _existing_run(path, config, inputs, dataset, torch_device) or _new_run(
             root, path, config, inputs, networks, torch_device, memory
         )
         log.info("run %s: %s", name, _describe(current.resolved))
         _Execution(root, current, dataset, networks, torch_device, report).carry_out()
     return current
+
+
+@contextmanager
+def _no_trace_of_refusal(path: Path) -> Iterator[None]:
+    """Remove the folder of a run that was refused before it began: it holds nothing but the lock."""
+    try:
+        yield
+    except BaseException:
+        if [entry.name for entry in path.iterdir()] == ["lock"]:
+            (path / "lock").unlink()
+            path.rmdir()
+        raise
 
 
 class _Execution:

@@ -21,7 +21,7 @@ _SHARE = {"cpu": 0.75, "cuda": 0.9}
 _OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
 """Workspaces of the libraries, and what the allocator keeps: measured on the CPU, assumed on CUDA."""
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,18 +119,23 @@ def smallest_group_memory(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]
 
 
 def memory_budget(requested: str | int, available: int, device: str) -> int:
-    """Bytes from ``auto`` (a share of what is free) or a size such as 8GB, 500M or 2e9; raises ConfigError."""
+    """Bytes from ``auto`` (a share of what is free) or a size such as 8GB, 8GiB, 500M or 2e9; raises ConfigError."""
     requested = str(requested)
     if requested == "auto":
         return int(_SHARE[device] * available)
-    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*([KMGT]?)(?:i?B)?", requested.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"([0-9.]+(?:[eE][0-9]+)?)\s*(?:([KMGT])(i?))?B?", requested.strip(), re.IGNORECASE)
     try:
-        budget = int(float(match[1]) * _UNITS[match[2].upper()]) if match else 0
+        budget = _bytes(float(match[1]), match[2] or "", binary=bool(match[3])) if match else 0
     except (ValueError, OverflowError):
         budget = 0
     if budget < 1:
-        raise ConfigError(f"--memory {requested}: expected auto or a size such as 8GB or 500MB")
+        raise ConfigError(f"--memory {requested}: expected auto or a size such as 8GB, 8GiB or 500MB")
     return budget
+
+
+def _bytes(number: float, prefix: str, *, binary: bool) -> int:
+    """8 GB are 8 * 1000**3 bytes, 8 GiB are 8 * 1024**3."""
+    return int(number * (1024 if binary else 1000) ** _UNITS[prefix.upper()])
 
 
 def _parameters(

@@ -141,7 +141,7 @@ def tuned_compile(tuning: Tuning | None, requested: str) -> str:
     """Where ``auto`` was asked for, what was faster."""
     if tuning is None or requested != "auto":
         return requested
-    log.info("compile %s: the faster one in the profile", tuning.compile)
+    log.info("compile %s: as in the profile", tuning.compile)
     return tuning.compile
 
 

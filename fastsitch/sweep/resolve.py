@@ -42,12 +42,19 @@ def resolve(
     tuning = find_tuning(root, device, width=width, batch_size=config.recipe.batch_size, precision=precision)
     kernel = resolve_kernel(config.kernel, device)
     compile = resolve_compile(tuned_compile(tuning, config.compile), device)
-    if config.group_size == "auto":
+    if config.group_size == "auto" or memory != "auto":
         kind = StepKind.of(device, precision, kernel, compile, config.recipe.batch_size)
         fits = _largest_group(config, shapes, kind, budget - source.memory, named=memory != "auto")
+    if config.group_size == "auto":
         group_size = tuned_group_size(tuning, fits)
     else:
         group_size = int(config.group_size)
+        largest = max(len(shapes[planned.sender]) * len(shapes[planned.receiver]) for planned in plan_units(config))
+        if memory != "auto" and min(group_size, largest) > fits:
+            raise MemoryLimitError(
+                f"--group-size {group_size}: --memory {memory} is enough for groups of {fits}; allow more, or use "
+                f"--group-size auto"
+            )
     return Resolved(
         device=device.type,
         precision=precision,
