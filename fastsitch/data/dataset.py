@@ -22,6 +22,10 @@ class Normalisation:
         std = torch.tensor(self.std, device=x.device).view(1, -1, 1, 1)
         return ((x / 255 - mean) / std).to(dtype)
 
+    def invert(self, x_NCHW: Tensor) -> Tensor:
+        """Pixels (N, H, W, C) of normalised images, 0 black and 1 white; not clamped, in the dtype of x."""
+        return x_NCHW.permute(0, 2, 3, 1) * x_NCHW.new_tensor(self.std) + x_NCHW.new_tensor(self.mean)
+
 
 @dataclass(frozen=True)
 class Split:

@@ -75,14 +75,14 @@ class FrozenBlock:
 
     def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
         (hidden,) = saved
-        for part in _parts(x, out, samples):
+        for part in parts(x, out, samples):
             inner = convolve(x[part], self.weights.w1, self.weights.b1, self.weights.stride)
             _second_half(self.weights, torch.clamp_min(inner, 0, out=hidden[part]), x[part], out[part])
 
     def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
         (hidden,) = saved
         w = self.weights
-        for part in _parts(x, g, samples):
+        for part in parts(x, g, samples):
             g_hidden = input_gradient(g[part], hidden[part], w.w2, 1)
             torch.ops.aten.threshold_backward(g_hidden, hidden[part], 0, grad_input=g_hidden)
             g_x = input_gradient(g_hidden, x[part], w.w1, w.stride)
@@ -124,14 +124,14 @@ class MaskedBlock:
 
     def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
         w, run = self.weights, self._wrap(_forward)
-        for part in _parts(x, out, samples, self.images):
+        for part in parts(x, out, samples, self.images):
             masks = [mask[part] for mask in saved]
             run(w.stride, x[part], out[part], *masks, w.w1, w.b1, w.w2, w.b2, w.projection)
 
     def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
         assert rectified == 0, "a receiver is masked as a whole"
         w, run = self.weights, self._wrap(_backward)
-        for part in _parts(x, g, samples, self.images):
+        for part in parts(x, g, samples, self.images):
             masks = [mask[part] for mask in saved]
             run(w.stride, g[part], x[part], *masks, w.w1, w.w2, w.rows)
 
@@ -144,7 +144,7 @@ def replace(x: Tensor, g_x: Tensor, rectified: int) -> None:
     x[count:].copy_(g_x[count:])
 
 
-def _parts(x: Tensor, out: Tensor, samples: int, images: int | None = None) -> Iterator[slice]:
+def parts(x: Tensor, out: Tensor, samples: int, images: int | None = None) -> Iterator[slice]:
     """Micro-batches: of exactly ``images`` each, or of as many as make up CHUNK_BYTES."""
     largest = max(x[0].numel(), out[0].numel()) * x.element_size()
     step = images or max(8, CHUNK_BYTES.get(x.device.type, CHUNK_BYTES["cpu"]) // largest)
@@ -153,7 +153,7 @@ def _parts(x: Tensor, out: Tensor, samples: int, images: int | None = None) -> I
 
 
 def _infer(w: BlockWeights, x: Tensor, out: Tensor, samples: int) -> None:
-    for part in _parts(x, out, samples):
+    for part in parts(x, out, samples):
         _second_half(w, convolve(x[part], w.w1, w.b1, w.stride).relu_(), x[part], out[part])
 
 

@@ -65,6 +65,11 @@ class Chain(nn.Module):
             )
         return self.positions[index]
 
+    def with_input(self) -> "Chain":
+        """The same network, its weights shared, with the image itself as position 0, named ``input``."""
+        names = [position.name for position in self.positions]
+        return Chain([nn.Identity(), *self.segments], self.head, ["input", *names], self.input_shape)
+
     @classmethod
     def from_module(cls, model: nn.Module, example_input: Tensor, positions: Sequence[str] | None = None) -> "Chain":
         """Make a chain of ``model``: a Chain as it is, an nn.Sequential cut after the children in ``positions``.

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.networks.blocks import FrozenBlock, MaskedBlock, Saved, replace
+from fastsitch.networks.blocks import FrozenBlock, MaskedBlock, Saved, parts, replace
 from fastsitch.networks.chain import Chain, Position
 from fastsitch.networks.folded import accumulation_dtype, convolve, folded, input_gradient
-from fastsitch.networks.masks import apply_mask, pack_mask
+from fastsitch.networks.masks import apply_mask, mask_bytes, pack_mask
 from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
 
 _POOLED_IMAGES = 256
@@ -132,18 +132,23 @@ class _FrozenStem:
         self.bias = bias.to(device, dtype)
 
     def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
-        torch.clamp_min(convolve(x[:samples], self.weight, self.bias, 1), 0, out=out[:samples])
+        for part in parts(x, out, samples):
+            torch.clamp_min(convolve(x[part], self.weight, self.bias, 1), 0, out=out[part])
 
     def memory(self, out: Tensor) -> Saved:
-        return []
+        return [torch.empty(out.shape[0], mask_bytes(out[0].numel()), dtype=torch.uint8, device=out.device)]
 
     def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
+        (mask,) = saved
         self.infer(x, out, samples)
-        saved[:] = [pack_mask(out[:samples])]
+        for part in parts(x, out, samples):
+            mask[part] = pack_mask(out[part])
 
     def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
-        masked = apply_mask(g[:samples], saved[0])
-        replace(x[:samples], input_gradient(masked, x[:samples], self.weight, 1), rectified)
+        (mask,) = saved
+        for part in parts(x, g, samples):
+            masked = apply_mask(g[part], mask[part])
+            replace(x[part], input_gradient(masked, x[part], self.weight, 1), rectified - part.start)
 
 
 class _AutogradSegment:
