@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 from fastsitch import __version__
-from fastsitch.cli import bench, console, info, paper, results, work
+from fastsitch.cli import bench, console, images, info, paper, results, work
 from fastsitch.errors import FastsitchError
 from fastsitch.machine import out_of_memory
 
@@ -21,7 +21,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for register in (work.register, results.register, bench.register, paper.register, info.register):
+for register in (
+    work.register,
+    results.register,
+    images.register,
+    bench.register,
+    paper.register,
+    info.register,
+):
     register(app)
 
 

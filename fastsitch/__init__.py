@@ -8,7 +8,7 @@ one shape; H W C sender height, width, channels; P Q D receiver height, width, c
 stitch's GEMM. Tensors are channels-last in memory.
 """
 
-from fastsitch.api import bench, configure_sweep, estimate, open_run, precompute, sweep, train
+from fastsitch.api import bench, configure_sweep, estimate, images, open_run, precompute, sweep, train
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
@@ -29,6 +29,7 @@ __all__ = [
     "estimate",
     "estimate_paper",
     "export_run",
+    "images",
     "load_dataset",
     "open_run",
     "paper",

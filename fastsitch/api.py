@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from fastsitch.activations.precompute import ensure_store
@@ -12,15 +13,18 @@ from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.run import BenchResult, Report, run_bench
 from fastsitch.data import DEFAULT_DATASET, canonical_dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError
+from fastsitch.files import output_folder
 from fastsitch.inventory import find_run, infer_dataset
 from fastsitch.machine import configure, resolve_device
 from fastsitch.networks.checkpoint import NetworkRecord, load_network, namesake, read_record
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import TrainReport, network_recipe, train_network
+from fastsitch.report.images import write_images
 from fastsitch.root import Root
 from fastsitch.sweep.config import SweepConfig, listed, sweep_config
 from fastsitch.sweep.estimate import SweepEstimate, estimate_sweep
 from fastsitch.sweep.execute import SweepReport, run_sweep
+from fastsitch.sweep.images import Chosen, run_images
 from fastsitch.sweep.results import Run
 
 PathLike = str | os.PathLike[str]
@@ -196,6 +200,51 @@ def bench(
 def open_run(name: str, *, dataset: str | None = None, root: PathLike | None = None) -> Run:
     """Open a run by name, for ``run.matrix("R1111", "R1112", "accuracy", setting="T2T")``."""
     return find_run(Root.at(root), name, dataset)
+
+
+def images(
+    run: str,
+    *,
+    senders: Chosen = None,
+    receivers: Chosen = None,
+    settings: Chosen = None,
+    images: Sequence[int] | None = None,
+    count: int | None = None,
+    seed: int | None = None,
+    out: PathLike | None = None,
+    dataset: str | None = None,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    memory: str = "auto",
+    report: Callable[[SweepReport], None] | None = None,
+) -> list[Path]:
+    """Stitch every sender position into the receivers' inputs, and draw what the stitches generate beside the images.
+
+    For all pairs and settings of a run, or those named; networks, recipe, first seed and precision are the run's.
+    Stitches are trained on the task loss (vanilla) and, without training, matched to the image; they are kept in the
+    run, so that other test images cost no training. ``images`` are indices of test images; without them ``count`` (4)
+    are drawn with ``seed`` (0). Returns the PNG paths, in ``out`` (default: ``images`` in the run's folder); see
+    :func:`fastsitch.report.images.write_images` for the files beside them. Raises ConfigError, DataError,
+    NetworkError or RunError.
+    """
+    place = Root.at(root, data_dir)
+    found = find_run(place, run, dataset)
+    folder = output_folder(found.path / "images" if out is None else out)
+    pairs = run_images(
+        place,
+        found,
+        senders=senders,
+        receivers=receivers,
+        settings=settings,
+        images=images,
+        count=count,
+        seed=seed,
+        device=device,
+        memory=memory,
+        report=report,
+    )
+    return write_images(pairs, folder)
 
 
 def _seeded(text: str, seed: int) -> NetworkName:

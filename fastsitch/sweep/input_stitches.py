@@ -1,0 +1,147 @@
+"""Stitches into a receiver's input, trained or matched, and how a run keeps them."""
+
+import hashlib
+import logging
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
+from torch import Tensor
+
+from fastsitch.data import Normalisation, Split
+from fastsitch.files import write_atomically, write_npz
+from fastsitch.identity import stable_hash
+from fastsitch.stitching.cells import Cell, Unit
+from fastsitch.stitching.engine import CellResult
+from fastsitch.stitching.geometry import Shape
+from fastsitch.sweep.plan import PlannedUnit
+from fastsitch.sweep.results import Run
+
+log = logging.getLogger(__name__)
+
+VARIANTS = ("vanilla", "matched")
+"""Trained on the task loss through the whole receiver, or of least squared error to the normalised image."""
+
+_NUMBERS = ("accuracy", "loss", "train_loss", "status", "matched_error")
+
+InputStitches = Mapping[str, Sequence[CellResult]]
+"""By variant, the stitch of every sender position."""
+
+
+def input_unit(unit: Unit) -> Unit:
+    """The unit of the stitches into the input of a unit's receiver.
+
+    Its receiver has a name of its own: its position 0 is the image, not the stem.
+    """
+    return Unit(
+        sender=unit.sender, receiver=f"{unit.receiver}-input", setting=unit.setting, loss="task", seed=unit.seed
+    )
+
+
+def input_cells(unit: Unit, senders: int) -> list[Cell]:
+    """One cell for each of so many sender positions."""
+    return [Cell(input_unit(unit), i, 0) for i in range(senders)]
+
+
+class NormalisedImages:
+    """Training images as what a receiver expects at its input: an OrderedSplit of one position, in fp32."""
+
+    def __init__(self, split: Split, normalisation: Normalisation, device: torch.device) -> None:
+        self._images = split.images
+        self._normalisation = normalisation
+        self._device = device
+        _, height, width, channels = split.images.shape
+        self.shapes: Sequence[Shape] = [(channels, height, width)]
+        self.labels = split.labels.to(device)
+        self.ids = torch.arange(len(split), device=device)
+
+    def images(self, position: int, start: int, stop: int) -> Tensor:
+        assert position == 0
+        return self._normalisation.apply(self._images[start:stop].to(self._device)).permute(0, 2, 3, 1)
+
+
+class InputStitchFiles:
+    """The input stitches of a run: safetensors, and an npz written after it whose presence says that they are done.
+
+    They are tied to the networks, the data and the configuration that they come from.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self.folder = run.path / "images" / "units"
+
+    def save(self, planned: PlannedUnit, stitches: InputStitches, store_hash: str) -> None:
+        """Keep the stitches of a unit; ``store_hash`` says which representations they were trained on."""
+        weights: dict[str, Tensor] = {}
+        arrays: dict[str, NDArray[Any]] = {}
+        for variant, results in stitches.items():
+            for i, result in enumerate(results):
+                weights[f"{variant}.{i}.weight"] = result.weight_FD.contiguous()
+                weights[f"{variant}.{i}.bias"] = result.bias_D.contiguous()
+            for name in _NUMBERS:
+                arrays[f"{variant}.{name}"] = np.array([getattr(result, name) for result in results], np.float64)
+        content = format_safetensors(weights)
+        write_atomically(self._file(planned, ".safetensors"), lambda file: file.write(content))
+        provenance = {
+            "inputs": self._inputs(planned),
+            "store_hash": store_hash,
+            "stitches_hash": hashlib.sha256(content).hexdigest(),
+        }
+        write_npz(self._file(planned, ".npz"), {**{key: np.array(text) for key, text in provenance.items()}, **arrays})
+
+    def read(self, planned: PlannedUnit) -> InputStitches | None:
+        """The stitches of a unit; None, with a line in the log, where there are none or they cannot be used."""
+        path = self._file(planned, ".npz")
+        if not path.is_file():
+            return None
+        try:
+            with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+                arrays = dict(file)
+            content = path.with_suffix(".safetensors").read_bytes()
+            if hashlib.sha256(content).hexdigest() != str(arrays["stitches_hash"]):
+                raise ValueError("the stitches beside it are not its own")
+            weights = parse_safetensors(content)
+            stitches = {variant: _results(variant, arrays, weights) for variant in VARIANTS}
+            inputs = str(arrays["inputs"])
+        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
+            log.warning("%s is damaged (%s): training its stitches again", path, error)
+            return None
+        if inputs != self._inputs(planned):
+            log.warning("%s belongs to another run or other networks: training its stitches again", path)
+            return None
+        return stitches
+
+    def _inputs(self, planned: PlannedUnit) -> str:
+        run = self._run
+        networks = [run.networks[name].weights_hash for name in (planned.sender, planned.receiver)]
+        resolved = {key: value for key, value in asdict(run.resolved).items() if key != "group_size"}
+        unit = input_unit(planned.unit).name
+        return stable_hash([unit, networks, run.data_hash, run.config.to_dict(), resolved])
+
+    def _file(self, planned: PlannedUnit, suffix: str) -> Path:
+        return self.folder / (input_unit(planned.unit).name + suffix)
+
+
+def _results(variant: str, arrays: Mapping[str, NDArray[Any]], weights: Mapping[str, Tensor]) -> list[CellResult]:
+    numbers = {name: arrays[f"{variant}.{name}"].tolist() for name in _NUMBERS}
+    return [
+        CellResult(
+            accuracy=numbers["accuracy"][i],
+            loss=numbers["loss"][i],
+            train_loss=numbers["train_loss"][i],
+            status=int(numbers["status"][i]),
+            weight_FD=weights[f"{variant}.{i}.weight"],
+            bias_D=weights[f"{variant}.{i}.bias"],
+            matched_error=numbers["matched_error"][i],
+        )
+        for i in range(len(numbers["accuracy"]))
+    ]
