@@ -4,6 +4,7 @@ Tensors are (B, C, H, W) in channels-last memory.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
 from typing import Protocol, cast
 
 import torch
@@ -70,6 +71,49 @@ class FrozenHead(Protocol):
         ...
 
 
+Statistics = Mapping[str, Tensor]
+"""Running statistics of one stitch, (D,) each: ``block2.bn1.running_mean``, ``block2.bn1.running_var`` and so on, for
+every BatchNorm layer of the segments that it passes. Segment p ends in position p."""
+
+
+class FrozenReceiver(Protocol):
+    """What a pass for many stitches asks of a receiver; see :class:`FrozenNetwork`."""
+
+    @property
+    def positions(self) -> tuple[Position, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def micro_batch(self) -> int: ...
+    @property
+    def masked(self) -> bool: ...
+    @property
+    def segments(self) -> Sequence[FrozenSegment]: ...
+    @property
+    def head(self) -> FrozenHead: ...
+
+    def statistics(self, stitch: int) -> Statistics:
+        """Running statistics of one stitch, copied to the CPU; none where BatchNorm is folded."""
+        ...
+
+
+class Receiver(Protocol):
+    """What the engine asks of a receiver: its shapes, and its form for so many stitches into each position."""
+
+    @property
+    def positions(self) -> tuple[Position, ...]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+
+    def for_stitches(self, counts: Sequence[int]) -> FrozenReceiver:
+        """What the stitches pass through, ``counts[j]`` of them from position j on."""
+        ...
+
+
 class FrozenNetwork:
     """The frozen form of a chain, in one dtype on one device.
 
@@ -84,18 +128,26 @@ class FrozenNetwork:
         self.device = device
         self.micro_batch = 1
         masked = device.type == "cuda" if masked is None else masked
-        self.segments: list[FrozenSegment] = [_freeze(segment, dtype, device) for segment in chain.segments]
+        self.segments: list[FrozenSegment] = [freeze_segment(segment, dtype, device) for segment in chain.segments]
         if masked:
             self.segments = [
                 MaskedBlock(segment.weights) if isinstance(segment, FrozenBlock) else segment
                 for segment in self.segments
             ]
-        self.head = _freeze_head(chain.head, dtype, device)
+        self.head = freeze_head(chain.head, dtype, device)
 
     @property
     def masked(self) -> bool:
         """Whether no segment but the first reads values of its input on the way back."""
         return not any(segment.keeps_input for segment in self.segments[1:])
+
+    def for_stitches(self, counts: Sequence[int]) -> "FrozenNetwork":
+        """This network: it is the same for all stitches, however many there are."""
+        return self
+
+    def statistics(self, stitch: int) -> Statistics:
+        """None: they are folded into the weights."""
+        return {}
 
     def representations(self, x: Tensor) -> list[Tensor]:
         """The representation at every position; x is cast to the network's dtype."""
@@ -158,7 +210,7 @@ class _AutogradSegment:
     keeps_input = True
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-        self.module = _frozen_copy(module, dtype, device)
+        self.module = frozen_copy(module, dtype, device)
 
     def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
         with torch.no_grad():
@@ -199,7 +251,7 @@ class _FrozenClassifier:
 class _AutogradHead:
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = accumulation_dtype(dtype)
-        self.module = _frozen_copy(module, dtype, device)
+        self.module = frozen_copy(module, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -212,11 +264,13 @@ class _AutogradHead:
         replace(x, torch.autograd.grad(logits, leaf, g.to(logits.dtype))[0], rectified)
 
 
-def _frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A copy of a module in eval mode, all of it in ``dtype``, that asks for no gradients."""
     return copy.deepcopy(module).to(device, dtype).eval().requires_grad_(False)
 
 
-def _freeze(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:
+def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:
+    """A segment with BatchNorm folded in, or a frozen copy that runs through autograd."""
     if isinstance(segment, Stem):
         return _FrozenStem(segment, dtype, device)
     if isinstance(segment, BasicBlock):
@@ -224,7 +278,8 @@ def _freeze(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> Fro
     return _AutogradSegment(segment, dtype, device)
 
 
-def _freeze_head(head: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenHead:
+def freeze_head(head: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenHead:
+    """A head that no longer learns."""
     return (
         _FrozenClassifier(head, dtype, device) if isinstance(head, Classifier) else _AutogradHead(head, dtype, device)
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsitch.networks.blocks import Saved
-from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.frozen import FrozenReceiver
 
 Fill = Callable[[int, Tensor], None]
 """fill(j, out_KBPQD): write the outputs of the stitches into position j."""
@@ -25,7 +25,7 @@ class Cascade:
     positions 0 ... j. On the way back gradients take the place of the activations. The same memory serves every pass.
     """
 
-    def __init__(self, receiver: FrozenNetwork, counts: Sequence[int], images: int) -> None:
+    def __init__(self, receiver: FrozenReceiver, counts: Sequence[int], images: int) -> None:
         assert len(counts) == len(receiver.positions)
         self.receiver = receiver
         self.images = images
@@ -109,7 +109,7 @@ class Cascade:
         return torch.unflatten(own, 0, (stitches, self.images))
 
 
-def _empty(size: int, receiver: FrozenNetwork) -> Tensor:
+def _empty(size: int, receiver: FrozenReceiver) -> Tensor:
     return torch.empty(size, dtype=receiver.dtype, device=receiver.device)
 
 

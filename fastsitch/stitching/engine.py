@@ -1,7 +1,7 @@
 """Train and evaluate all cells of a group as one batch."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from fastsitch.activations.batch import Batch
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.source import Source, SourceSplit
 from fastsitch.errors import ConfigError
-from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
+from fastsitch.networks.frozen import FrozenReceiver, Receiver, Statistics
 from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade, cross_entropy
 from fastsitch.stitching.cells import Cell
@@ -50,6 +51,8 @@ class CellResult:
     bias_D: Tensor
     matched_error: float = float("nan")
     """Mean squared error of the cell's matched stitch over the training images, where that was computed."""
+    statistics: Statistics = field(default_factory=dict)
+    """Running statistics of the receiver's BatchNorm layers, where each stitch has its own."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class StepReport:
 
 
 def train_group(
-    receiver: FrozenNetwork,
+    receiver: Receiver,
     source: Source,
     cells: Sequence[Cell],
     recipe: TrainingRecipe,
@@ -78,8 +81,9 @@ def train_group(
     All cells share the receiver, the sender (``source``) and the order of images. Results do not depend on which
     other cells are in the group. The receiver's dtype is the compute dtype, ``kernel`` the implementation of the
     stitch operator (``torch`` or ``triton``). Cells in ``init`` start from their matched stitch instead of a random
-    one; the preconditioned optimizer needs all cells in it. Raises ConfigError when there are fewer training images
-    than one batch.
+    one; the preconditioned optimizer needs all cells in it. With a BatchStatisticsNetwork as receiver, BatchNorm uses
+    batch statistics per stitch in training, and the stitch's own running statistics on the test set. Raises
+    ConfigError when there are fewer training images than one batch.
     """
     bank = _bank(receiver, source, cells, kernel)
     if init is not None:
@@ -88,13 +92,14 @@ def train_group(
     if recipe.optimizer == "preconditioned":
         assert init is not None, "the moments come with the matched stitches"
         preconditioner = Preconditioner(bank, init)
-    train_loss = _train(receiver, source.train, bank, recipe, order, preconditioner, report)
+    own = receiver.for_stitches(bank.counts)
+    train_loss = _train(own, source.train, bank, recipe, order, preconditioner, report)
     # twice the training batch without what training keeps for gradients: never the larger of the two in memory
-    return _results(receiver, source, bank, train_loss, init or {}, 2 * recipe.batch_size)
+    return _results(own, source, bank, train_loss, init or {}, 2 * recipe.batch_size)
 
 
 def evaluate_matched(
-    receiver: FrozenNetwork,
+    receiver: Receiver,
     source: Source,
     matched: Mapping[Cell, Matched],
     *,
@@ -108,10 +113,41 @@ def evaluate_matched(
     bank = _bank(receiver, source, list(matched), kernel)
     _load(bank, matched)
     errors = torch.tensor([matched[cell].error for cell in bank.cells], dtype=torch.float64, device=receiver.device)
-    return _results(receiver, source, bank, errors, matched, images)
+    return _results(receiver.for_stitches(bank.counts), source, bank, errors, matched, images)
 
 
-def _bank(receiver: FrozenNetwork, source: Source, cells: Sequence[Cell], kernel: str) -> StitchBank:
+def evaluate_with_statistics(
+    receiver: BatchStatisticsNetwork,
+    source: Source,
+    stitches: Mapping[Cell, tuple[Tensor, Tensor]],
+    statistics: Mapping[Cell, Statistics],
+    *,
+    images: int,
+    kernel: str = "torch",
+) -> dict[Cell, float]:
+    """Accuracy of given stitches on the whole test set in a receiver whose BatchNorm uses given running statistics.
+
+    ``stitches`` are weight (F, D), features ordered (ky, kx, c), and bias (D,) of every cell, ``statistics`` those of
+    the same cells, as :attr:`CellResult.statistics` has them. ``images`` at a time; NaN where the loss is not finite.
+    So Figure 5 of Hernandez et al. 2022 evaluated matched stitches: with what training vanilla stitches left behind.
+    Raises ConfigError for cells without statistics, or with those of another receiver or position.
+    """
+    missing = [cell for cell in stitches if cell not in statistics]
+    if missing:
+        raise ConfigError(
+            f"no running statistics for cell ({missing[0].i}, {missing[0].j}): expected those of every cell"
+        )
+    bank = _bank(receiver, source, list(stitches), kernel)
+    bank.load(stitches)
+    own = receiver.for_stitches(bank.counts)
+    for k, cell in enumerate(bank.cells):
+        own.load_statistics(k, statistics[cell])
+    accuracy, loss = evaluate(own, source.test, bank, images=images)
+    values = torch.where(loss.isfinite(), accuracy, float("nan")).tolist()
+    return dict(zip(bank.cells, values, strict=True))
+
+
+def _bank(receiver: Receiver, source: Source, cells: Sequence[Cell], kernel: str) -> StitchBank:
     return StitchBank(
         cells,
         source.shapes,
@@ -127,7 +163,7 @@ def _load(bank: StitchBank, matched: Mapping[Cell, Matched]) -> None:
 
 
 def _results(
-    receiver: FrozenNetwork,
+    receiver: FrozenReceiver,
     source: Source,
     bank: StitchBank,
     train_loss: Tensor,
@@ -146,13 +182,14 @@ def _results(
             DONE if finite[k] else DIVERGED,
             *stitches[cell],
             matched[cell].error if cell in matched else float("nan"),
+            receiver.statistics(k),
         )
         for k, cell in enumerate(bank.cells)
     }
 
 
 def _train(
-    receiver: FrozenNetwork,
+    receiver: FrozenReceiver,
     split: SourceSplit,
     bank: StitchBank,
     recipe: TrainingRecipe,
@@ -214,7 +251,7 @@ def train_step(
     return loss
 
 
-def evaluate(receiver: FrozenNetwork, split: SourceSplit, bank: StitchBank, *, images: int) -> tuple[Tensor, Tensor]:
+def evaluate(receiver: FrozenReceiver, split: SourceSplit, bank: StitchBank, *, images: int) -> tuple[Tensor, Tensor]:
     """Accuracy and mean loss of every cell over the whole split (K,), in fp64, so many images at a time."""
     correct = torch.zeros(len(bank.cells), dtype=torch.float64, device=receiver.device)
     loss_sum = torch.zeros_like(correct)
