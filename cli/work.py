@@ -151,6 +151,10 @@ def sweep(
     loss: Annotated[str, typer.Option(help="task, or match: least squares to what the receiver expects.")] = "task",
     solver: Annotated[str, typer.Option(help="exact: matched stitches without training.")] = "exact",
     init: Annotated[str, typer.Option(help="default, or matched: training starts at the matched stitch.")] = "default",
+    receiver_bn: Annotated[
+        str,
+        typer.Option(help="frozen, or batch: the receiver's BatchNorm uses batch statistics per stitch in training."),
+    ] = "frozen",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     root: RootOption = None,
     dataset: DatasetOption = None,
@@ -178,6 +182,7 @@ def sweep(
         "loss": loss,
         "solver": solver,
         "init": init,
+        "receiver_bn": receiver_bn,
     }
     config = fastsitch.configure_sweep(*pairs, dataset=dataset, root=root, **options)
     name = checked_run_name(config.default_run_name if run is None else run)

@@ -42,6 +42,7 @@ import ctypes, gc, sys
 import torch
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.resident import ResidentSource
+from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.stitching.engine import TrainingRecipe, train_group
 from fastsitch.stitching.cells import Cell, Unit
@@ -50,9 +51,11 @@ from tests.conftest import network
 
 torch.set_grad_enabled(False)
 receiver, width, images, groups, precision = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
+batch = sys.argv[6:] == ["batch"]
 dtype, cpu = getattr(torch, precision), torch.device("cpu")
 sender = FrozenNetwork(network("R1111", width=width).float(), dtype=dtype, device=cpu)
-frozen = FrozenNetwork(network(receiver, seed=1, width=width).float(), dtype=dtype, device=cpu)
+kind = BatchStatisticsNetwork if batch else FrozenNetwork
+frozen = kind(network(receiver, seed=1, width=width).float(), dtype=dtype, device=cpu)
 provided = sender.representations(torch.randn(2 * images, 3, 32, 32))
 labels = torch.randint(0, 10, (2 * images,))
 source = ResidentSource.from_tensors(provided, provided, labels, labels)
@@ -74,7 +77,7 @@ with open("/proc/self/clear_refs", "w") as file:
 train_group(frozen, source, cells[::groups], recipe, order)
 print(status("VmHWM") - before, group_memory(
     [(cell.i, cell.j) for cell in cells[::groups]], source.shapes, [p.shape for p in frozen.positions],
-    StepKind(images=images, itemsize=dtype.itemsize, device="cpu"),
+    StepKind(images=images, itemsize=dtype.itemsize, device="cpu", batch_statistics=batch),
 ))
 """
 
@@ -82,7 +85,14 @@ print(status("VmHWM") - before, group_memory(
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize(
     "case",
-    ["R1111 16 192 1 bfloat16", "R1122 16 192 2 float32", "R2222 16 128 1 bfloat16", "R1111 48 96 2 float32"],
+    [
+        "R1111 16 192 1 bfloat16",
+        "R1122 16 192 2 float32",
+        "R2222 16 128 1 bfloat16",
+        "R1111 48 96 2 float32",
+        "R1111 16 192 1 bfloat16 batch",
+        "R1122 16 96 2 float32 batch",
+    ],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case: str) -> None:
     line = [sys.executable, "-c", MEASURE, *case.split()]
@@ -234,3 +244,5 @@ def test_the_step_is_that_of_the_resolved_configuration() -> None:
     assert (compiled.masked, compiled.micro_batch, compiled.itemsize) == (True, 256, 4)
     gpu = StepKind.of(cuda, "bf16", "triton", "on", 256)
     assert (gpu.masked, gpu.micro_batch, gpu.gathers) == (True, 2048, False)
+    unfolded = StepKind.of(cuda, "bf16", "triton", "off", 256, "batch")
+    assert (unfolded.masked, unfolded.micro_batch, unfolded.batch_statistics) == (False, 1, True)

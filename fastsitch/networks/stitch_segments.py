@@ -189,7 +189,8 @@ class ModulePass:
         saved.clear()
         for first, part in stitch_parts(x, out, self.stitches, images):
             with torch.enable_grad():
-                leaf = x[part].detach().requires_grad_()
+                # unlike detach(), data does not notice that other parts of x are replaced before its gradient is taken
+                leaf = x[part].data.requires_grad_()
                 y = self._run(leaf, first, images, batch=True)
             out[part].copy_(y.detach())
             saved += [leaf, y]

@@ -25,6 +25,10 @@ LOSSES = ("task", "match")
 INITS = ("default", "matched")
 """A PyTorch convolution's own initialisation, or the matched stitch."""
 
+RECEIVER_BN = ("frozen", "batch")
+"""How the receiver's BatchNorm normalises while stitches are trained: by the network's own running statistics, or by
+those of each stitch's batch, as the authors' code did."""
+
 OPTIMIZERS = {"sgd": 0.01, "preconditioned": 0.08}
 """How vanilla stitches are trained, each with its peak learning rate."""
 
@@ -58,6 +62,8 @@ class SweepConfig:
     """How matched stitches are found; ``exact`` from sufficient statistics, without training."""
     init: str = "default"
     """Where vanilla stitches start."""
+    receiver_bn: str = "frozen"
+    """``batch``: BatchNorm uses batch statistics per stitch in training, each stitch's running statistics after it."""
     seeds: tuple[int, ...] = (0,)
     recipe: TrainingRecipe = field(default_factory=lambda: STITCH_RECIPES["paper"])
     group_size: str = "auto"
@@ -93,6 +99,13 @@ class SweepConfig:
             raise ConfigError(f"--init {self.init}: expected one of {', '.join(INITS)}")
         if self.loss == "match" and self.init == "matched":
             raise ConfigError("--init matched: only vanilla stitches start from it; leave it out with --loss match")
+        if self.receiver_bn not in RECEIVER_BN:
+            raise ConfigError(f"--receiver-bn {self.receiver_bn}: expected one of {', '.join(RECEIVER_BN)}")
+        if self.loss == "match" and self.receiver_bn == "batch":
+            raise ConfigError(
+                "--receiver-bn batch: matched stitches are not trained through the receiver; leave it out with "
+                "--loss match"
+            )
         if not self.seeds or any(seed < 0 for seed in self.seeds):
             raise ConfigError(f"--seeds {','.join(map(str, self.seeds)) or '(none)'}: expected numbers from 0")
         recipe = self.recipe

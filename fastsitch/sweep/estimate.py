@@ -21,7 +21,7 @@ from fastsitch.root import Root
 from fastsitch.stitching.geometry import Geometry, Shape
 from fastsitch.sweep.choose_source import choose_source, source_costs
 from fastsitch.sweep.config import SweepConfig
-from fastsitch.sweep.memory import StepKind, group_memory, matching_memory, memory_budget
+from fastsitch.sweep.memory import StepKind, group_memory, matching_memory, memory_budget, statistics_bytes
 from fastsitch.sweep.plan import PlannedUnit, plan_units, split_groups, unit_cells
 from fastsitch.sweep.resolve import resolve
 
@@ -43,6 +43,8 @@ class UnitEstimate:
     flops: float
     exact_flops: float
     """Of matching, in fp64; what several units share is counted in the first."""
+    results: int
+    """Bytes of the stitches, and of their running statistics where they have any."""
 
     @property
     def cells(self) -> int:
@@ -120,7 +122,9 @@ def estimate_sweep(
     source = choose_source(config, costs, available=budget, free_disk=free_disk)
     resolved = resolve(root.path, config, shapes, source, torch_device, memory=memory, budget=budget)
     group_size = resolved.group_size
-    kind = StepKind.of(torch_device, precision, resolved.kernel, resolved.compile, config.recipe.batch_size)
+    kind = StepKind.of(
+        torch_device, precision, resolved.kernel, resolved.compile, config.recipe.batch_size, config.receiver_bn
+    )
     estimates: list[UnitEstimate] = []
     step_memory = 0
     counted: set[tuple[NetworkName, ...]] = set()
@@ -155,7 +159,7 @@ def estimate_sweep(
         source=source.reason,
         memory=source.memory + step_memory,
         available=available_memory(torch_device),
-        disk=(0 if source.name == "live" else costs.missing) + 4 * sum(unit.parameters for unit in estimates),
+        disk=(0 if source.name == "live" else costs.missing) + sum(unit.results for unit in estimates),
         free_disk=free_disk,
         seconds=sum(unit.flops for unit in estimates) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD
         + (sum(unit.exact_flops for unit in estimates) / product_rate(torch_device) if config.matches else 0.0),
@@ -186,7 +190,10 @@ def _unit(
             flops += (trained * 2 + data.test) * (behind + stitch)
             if config.preconditions:
                 flops += trained / config.recipe.batch_size * 2.0 * geometry.features**2 * target[0]
-    return UnitEstimate(planned, dict(kinds), parameters, groups, flops, exact_flops)
+    results = 4 * parameters
+    if config.receiver_bn == "batch":
+        results += statistics_bytes([(i, j) for j in range(len(receiver)) for i in range(len(sender))], receiver)
+    return UnitEstimate(planned, dict(kinds), parameters, groups, flops, exact_flops, results)
 
 
 def _trained_images(config: SweepConfig, data: DatasetSize) -> int:

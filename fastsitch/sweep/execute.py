@@ -23,9 +23,10 @@ from fastsitch.machine import (
     resolve_device,
     resolve_precision,
 )
+from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
 from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record, require_fit
 from fastsitch.networks.compiled import compile_blocks
-from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.frozen import FrozenNetwork, Receiver
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import evaluate_network
 from fastsitch.root import Root
@@ -184,7 +185,7 @@ class _Execution:
     ) -> dict[Cell, CellResult]:
         """Train and evaluate a unit; with the matching loss there is nothing left to train."""
         config, resolved = self.run.config, self.run.resolved
-        receiver = self.networks.frozen(planned.receiver, resolved)
+        receiver = self.networks.receiver(planned.receiver, resolved, config.receiver_bn)
         cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
         order = ImageOrder(seed=planned.unit.seed, block=config.block, window=config.window)
         done = 0
@@ -226,7 +227,7 @@ class _Networks:
         self.dataset = dataset
         self._device = device
         self._loaded: dict[NetworkName, Network] = {}
-        self._frozen: dict[NetworkName, FrozenNetwork] = {}
+        self._receivers: dict[NetworkName, Receiver] = {}
 
     def load(self, name: NetworkName) -> Network:
         if name not in self._loaded:
@@ -235,11 +236,15 @@ class _Networks:
             self._loaded[name] = network
         return self._loaded[name]
 
-    def frozen(self, name: NetworkName, resolved: Resolved) -> FrozenNetwork:
-        if name not in self._frozen:
-            network = FrozenNetwork(self.load(name).chain, dtype=DTYPES[resolved.precision], device=self._device)
-            self._frozen[name] = compile_blocks(network) if resolved.compile == "on" else network
-        return self._frozen[name]
+    def receiver(self, name: NetworkName, resolved: Resolved, receiver_bn: str) -> Receiver:
+        if name not in self._receivers:
+            chain, dtype = self.load(name).chain, DTYPES[resolved.precision]
+            if receiver_bn == "batch":
+                self._receivers[name] = BatchStatisticsNetwork(chain, dtype=dtype, device=self._device)
+            else:
+                network = FrozenNetwork(chain, dtype=dtype, device=self._device)
+                self._receivers[name] = compile_blocks(network) if resolved.compile == "on" else network
+        return self._receivers[name]
 
     def describe(self, name: NetworkName) -> NetworkInput:
         """What the run records; the accuracy of an untrained control is measured here."""

@@ -58,6 +58,7 @@ def _sidecar(run: Run, sender: str, receiver: str, setting: str) -> dict[str, An
         "setting": setting,
         "loss": config.loss,
         "init": config.init,
+        "receiver_bn": config.receiver_bn,
         **({"matching": {"solver": config.solver, "ridge": RIDGE}} if config.matches else {}),
         "seeds": list(config.seeds),
         "recipe": asdict(config.recipe),

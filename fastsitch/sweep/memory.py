@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 
@@ -37,17 +37,29 @@ class StepKind:
     micro_batch: int = 1
     gathers: bool = True
     """Whether the stitches' inputs are copied into a mini-batch (the torch path) or read where they are."""
+    batch_statistics: bool = False
+    """Whether the receiver's BatchNorm is not folded and keeps its inputs, in micro-batches of whole stitches."""
 
     @classmethod
-    def of(cls, device: torch.device, precision: str, kernel: str, compile: str, images: int) -> "StepKind":
+    def of(
+        cls,
+        device: torch.device,
+        precision: str,
+        kernel: str,
+        compile: str,
+        images: int,
+        receiver_bn: str = "frozen",
+    ) -> "StepKind":
         """That of a resolved configuration."""
+        batch = receiver_bn == "batch"
         return cls(
             images=images,
             itemsize=DTYPES[precision].itemsize,
             device=device.type,
-            masked=device.type == "cuda" or compile == "on",
+            masked=not batch and (device.type == "cuda" or compile == "on"),
             micro_batch=micro_batch(device) if compile == "on" else 1,
             gathers=kernel == "torch",
+            batch_statistics=batch,
         )
 
 
@@ -71,12 +83,18 @@ def group_memory(
         kept += sum(2 * samples * mask_bytes(size) for samples, size in zip(whole, sizes, strict=True))
     else:
         kept = sum(buffers)
-        kept += sum(samples * size * kind.itemsize for samples, size in zip(carried[1:], sizes[1:], strict=True))
+        tensors = [_norms(*pair) if kind.batch_statistics else 1 for pair in pairwise(receiver)]
+        kept += sum(
+            count * samples * size * kind.itemsize
+            for count, samples, size in zip(tensors, carried[1:], sizes[1:], strict=True)
+        )
     temporaries = (_temporaries(sizes[j - 1], sizes[j], carried[j], kind) for j in range(1, len(sizes)))
     return (
         kept
         + _parameters(cells, sender, receiver, kind)
         + _inputs(cells, sender, receiver, kind)
+        # those, and the mean and deviation of the last batch
+        + (2 * statistics_bytes(cells, receiver) if kind.batch_statistics else 0)
         + max(temporaries, default=0)
         + _OVERHEAD[kind.device]
     )
@@ -93,6 +111,12 @@ def matching_memory(sender: Sequence[Shape], receiver: Sequence[Shape], *, preco
     squares = [features**2 for _, features in inputs]
     inverses = 4 * sum(squares) + 3 * 8 * max(squares) if preconditioned else 0
     return 8 * (sum(squares) + 2 * cells) + inverses
+
+
+def statistics_bytes(cells: Sequence[tuple[int, int]], receiver: Sequence[Shape]) -> int:
+    """Bytes of the running means and variances of cells (i, j), in fp32."""
+    channels = [_norms(*pair) * pair[1][0] for pair in pairwise(receiver)]
+    return 2 * 4 * sum(sum(channels[j:]) for _, j in cells)
 
 
 def largest_group(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind, budget: int) -> int:
@@ -163,5 +187,13 @@ def _inputs(
 def _temporaries(before: int, after: int, samples: int, kind: StepKind) -> int:
     """What one micro-batch of a block's backward pass allocates: both gradients, and a third tensor beside them."""
     largest = max(before, after) * kind.itemsize
+    if kind.batch_statistics:
+        stitches = max(1, CHUNK_BYTES[kind.device] // (largest * kind.images))
+        return min(samples, stitches * kind.images) * (before + 2 * after) * kind.itemsize
     fixed = kind.micro_batch if kind.micro_batch > 1 else min(samples, max(8, CHUNK_BYTES[kind.device] // largest))
     return fixed * (before + 2 * after) * kind.itemsize
+
+
+def _norms(before: Shape, after: Shape) -> int:
+    """BatchNorm layers of a block: two, and one more of its projection where shapes change."""
+    return 2 if before == after else 3

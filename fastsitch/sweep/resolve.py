@@ -14,7 +14,7 @@ from fastsitch.sweep.choose_source import SourceChoice
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.memory import StepKind, largest_group, matching_memory, smallest_group_memory
 from fastsitch.sweep.plan import plan_units
-from fastsitch.sweep.profile import find_tuning, tuned_compile, tuned_group_size
+from fastsitch.sweep.profile import Tuning, find_tuning, tuned_compile, tuned_group_size
 from fastsitch.sweep.results import Resolved
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def resolve(
     width = max(own[0][0] for own in shapes.values())
     tuning = find_tuning(root, device, width=width, batch_size=config.recipe.batch_size, precision=precision)
     kernel = resolve_kernel(config.kernel, device)
-    compile = resolve_compile(tuned_compile(tuning, config.compile), device)
+    compile = _resolve_compile(config, tuning, device)
     if config.group_size == "auto" or memory != "auto":
-        kind = StepKind.of(device, precision, kernel, compile, config.recipe.batch_size)
+        kind = StepKind.of(device, precision, kernel, compile, config.recipe.batch_size, config.receiver_bn)
         fits = _largest_group(config, shapes, kind, budget - source.memory, named=memory != "auto")
     if config.group_size == "auto":
         group_size = tuned_group_size(tuning, fits)
@@ -63,6 +63,14 @@ def resolve(
         group_size=group_size,
         source=source.name,
     )
+
+
+def _resolve_compile(config: SweepConfig, tuning: Tuning | None, device: torch.device) -> str:
+    if config.receiver_bn == "frozen":
+        return resolve_compile(tuned_compile(tuning, config.compile), device)
+    if resolve_compile(config.compile, device) == "on":
+        log.info("compile off: with --receiver-bn batch the receiver's blocks run eagerly")
+    return "off"
 
 
 def _largest_group(config: SweepConfig, shapes: Shapes, kind: StepKind, room: int, *, named: bool) -> int:

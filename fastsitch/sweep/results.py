@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
@@ -197,6 +196,8 @@ class Run:
                 arrays[name][cell.i, cell.j] = getattr(result, name)
             weights[f"{cell.i}-{cell.j}.weight"] = result.weight_FD.to(torch.float32).contiguous()
             weights[f"{cell.i}-{cell.j}.bias"] = result.bias_D.to(torch.float32).contiguous()
+            for name, tensor in result.statistics.items():
+                weights[f"{cell.i}-{cell.j}.{name}"] = tensor.to(torch.float32).contiguous()
         stitches = format_safetensors(weights)
         write_atomically(self._file(unit, ".safetensors"), lambda file: file.write(stitches))
         provenance = {
@@ -237,14 +238,33 @@ class Run:
 
     def stitch(self, cell: Cell) -> tuple[Tensor, Tensor]:
         """Weight (F, D), features ordered (ky, kx, c), and bias (D,) of a trained stitch, fp32."""
-        file = self._file(cell.unit, ".safetensors")
+        tensors = self._tensors(cell)
+        return tensors["weight"], tensors["bias"]
+
+    def running_statistics(self, cell: Cell) -> dict[str, Tensor]:
+        """What training a stitch left in the receiver's BatchNorm layers: fp32 (D,), ``block2.bn1.running_mean``, ...
+
+        Of the blocks that the stitch passes; there are none behind the last position. Raises RunError where BatchNorm
+        was frozen.
+        """
+        if self.config.receiver_bn != "batch":
+            raise RunError(f"run {self.name!r} has no running statistics: expected one made with --receiver-bn batch")
+        return {name: tensor for name, tensor in self._tensors(cell).items() if name not in ("weight", "bias")}
+
+    def _tensors(self, cell: Cell) -> dict[str, Tensor]:
+        """All that is saved of a cell, by name; raises RunError when its unit is not done, or damaged."""
+        file, prefix = self._file(cell.unit, ".safetensors"), f"{cell.i}-{cell.j}."
         try:
-            weights = parse_safetensors(file.read_bytes())
-            return weights[f"{cell.i}-{cell.j}.weight"], weights[f"{cell.i}-{cell.j}.bias"]
+            with safe_open(file, "pt") as content:
+                names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
+                tensors = {name.removeprefix(prefix): content.get_tensor(name) for name in names}
         except FileNotFoundError:
             raise RunError(f"unit {cell.unit.name} of run {self.name!r} is not done") from None
-        except (SafetensorError, KeyError) as error:
-            raise RunError(f"{file} has no stitch ({cell.i}, {cell.j}) ({error})") from None
+        except SafetensorError as error:
+            raise RunError(f"{file} is damaged ({error}): sweep again to replace it") from None
+        if not {"weight", "bias"} <= tensors.keys():
+            raise RunError(f"{file} has no stitch ({cell.i}, {cell.j})")
+        return tensors
 
     def pairs(self) -> Iterator[tuple[str, str, str]]:
         """(sender, receiver, setting) of every exported matrix, in the order of the plan."""
