@@ -18,8 +18,8 @@ def export_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
     """Write ``SENDER--RECEIVER.SETTING.npz`` and ``.json`` for every pair and setting; return the npz paths.
 
     Arrays are float64 with rows = sender positions and columns = receiver positions (NaN where a cell is not done or
-    diverged); ``status`` is int8: 0 not run, 1 done, 2 diverged. With several seeds the mean, and ``*_by_seed`` with
-    the seeds as leading axis.
+    diverged); ``status`` is int8: 0 not run, 1 done, 2 diverged. With several seeds the mean, ``*_by_seed`` with the
+    seeds as leading axis, and ``*_interval``: half the width of the mean's 95 % interval (Student's t over seeds).
     """
     folder = output_folder(out)
     paths = []
@@ -43,6 +43,8 @@ def _arrays(run: Run, sender: str, receiver: str, setting: str) -> dict[str, NDA
         arrays[metric] = run.matrix(sender, receiver, metric, setting=setting).astype(dtype)
         if len(run.config.seeds) > 1:
             arrays[f"{metric}_by_seed"] = run.matrix_by_seed(sender, receiver, metric, setting=setting).astype(dtype)
+            if metric != "status":
+                arrays[f"{metric}_interval"] = run.interval(sender, receiver, metric, setting=setting)
     return arrays
 
 

@@ -25,6 +25,7 @@ from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import CellResult
 from fastsitch.sweep.config import SweepConfig
+from fastsitch.sweep.interval import half_width
 from fastsitch.sweep.plan import PlannedUnit, plan_units
 
 log = logging.getLogger(__name__)
@@ -329,6 +330,16 @@ class Run:
         if metric == "status":
             return np.asarray(np.where((by_seed == 0).any(0), 0, by_seed.max(0)))
         return np.asarray(by_seed.mean(0))
+
+    def interval(self, sender: str, receiver: str, metric: str = "accuracy", *, setting: str = "T2T") -> NDArray[Any]:
+        """Half width of the 95 % interval of :meth:`matrix` over the run's seeds: Student's t, same shape.
+
+        NaN where a cell is not done or diverged for any seed, and everywhere with a single seed. Raises RunError for
+        ``status``, which has no mean.
+        """
+        if metric == "status":
+            raise RunError("the status has no interval over seeds: expected another metric")
+        return half_width(self.matrix_by_seed(sender, receiver, metric, setting=setting))
 
     @property
     def _raw(self) -> tuple[str, ...]:
