@@ -1,0 +1,123 @@
+"""Whether every sender position has a receiver position of its own that it fits best.
+
+The published text began with this expectation: similar networks correspond position by position, so stitching should
+single out one receiver position for each sender position. What it found instead is the triangle.
+
+Definition. Let A (I, J) be a matrix of accuracies, row i a sender position. The best match of row i is the receiver
+position where A[i] is largest; its gap is that largest value minus the second largest of the row. Row i *holds* at
+epsilon >= 0 when
+
+- its best match is unique: the gap is above 0,
+- it is the row's own: no other row has its largest value at the same receiver position (a row with ties has it at each
+  of them), so that the rows that hold map to receiver positions injectively, and
+- the gap is at least epsilon.
+
+A pair holds when all its rows do. Where I > J no pair can: there are fewer receiver positions than rows. Cells that are
+not finite are left out, and so are rows with fewer than two finite cells.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastsitch.analysis.bootstrap import Estimate, mean_estimate
+from fastsitch.identity import numpy_generator
+from fastsitch.sweep.results import Run
+
+EPSILONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
+"""Gaps in accuracy at which the expectation is examined."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestMatchRow:
+    """How often the expectation holds at one epsilon, for one pair or over all pairs of a setting."""
+
+    setting: str
+    pair: tuple[str, str] | None
+    """Sender and receiver; None for all pairs."""
+    epsilon: float
+    rows: Estimate
+    """Share of rows that hold. For one pair its rows are resampled; over pairs it is the mean of their shares, and
+    pairs are resampled."""
+    pairs: Estimate
+    """Share of pairs that hold."""
+    possible: int
+    """Pairs in which all rows could hold: no more sender than receiver positions."""
+    counted: int
+    """Pairs that count: those with a row that counts."""
+
+
+def margins(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """For each row of a matrix the largest epsilon at which it holds (rows,); 0 where it never does, NaN if left out.
+
+    Rounded to twelve decimals, so that 0.3 - 0.2 is at least 0.1.
+    """
+    values = np.where(np.isfinite(matrix), matrix, -np.inf)
+    counts = np.isfinite(matrix).sum(1) >= 2
+    # where a row has its largest value, once for each tie
+    best = (values == values.max(1, keepdims=True)) & np.isfinite(matrix)
+    own = best & (best.sum(0) == 1)
+    ordered = np.sort(values, 1)
+    gaps = np.full(len(values), np.nan)
+    gaps[counts] = np.round(ordered[counts, -1] - ordered[counts, -2], 12)
+    return np.where(own.any(1) | ~counts, gaps, 0.0)
+
+
+def holds(margin: NDArray[np.float64], epsilon: float) -> NDArray[np.float64]:
+    """1 for each row that holds at ``epsilon``, 0 for each that does not; rows that are left out are gone."""
+    counted = margin[~np.isnan(margin)]
+    return np.asarray((counted > 0) & (counted >= epsilon), np.float64)
+
+
+def run_best_matches(run: Run, metric: str = "accuracy", epsilons: tuple[float, ...] = EPSILONS) -> list[BestMatchRow]:
+    """For each setting of a run, and each epsilon, one row per pair, then one over all pairs.
+
+    Intervals are those of :func:`fastsitch.analysis.triangle.run_triangles`: seeded by the names, and over all pairs
+    they take pairs as independent.
+    """
+    found = []
+    for setting in run.config.settings:
+        pairs = {
+            (sender, receiver): run.matrix(sender, receiver, metric, setting=setting)
+            for sender, receiver, which in run.pairs()
+            if which == setting
+        }
+        rows = {pair: margins(matrix) for pair, matrix in pairs.items()}
+        possible = {pair: int(matrix.shape[0] <= matrix.shape[1]) for pair, matrix in pairs.items()}
+        counted = [pair for pair, margin in rows.items() if not np.isnan(margin).all()]
+        for epsilon in epsilons:
+            held = {pair: holds(rows[pair], epsilon) for pair in pairs}
+            for pair in pairs:
+                counts = int(pair in counted)
+                found.append(
+                    BestMatchRow(
+                        setting=setting,
+                        pair=pair,
+                        epsilon=epsilon,
+                        rows=mean_estimate(held[pair], numpy_generator("rows", setting, *pair)),
+                        pairs=_certain(held[pair]),
+                        possible=possible[pair] * counts,
+                        counted=counts,
+                    )
+                )
+            found.append(
+                BestMatchRow(
+                    setting=setting,
+                    pair=None,
+                    epsilon=epsilon,
+                    rows=mean_estimate(
+                        np.array([held[pair].mean() for pair in counted]), numpy_generator("rows", setting)
+                    ),
+                    pairs=mean_estimate(
+                        np.array([float(held[pair].all()) for pair in counted]), numpy_generator("pairs", setting)
+                    ),
+                    possible=sum(possible[pair] for pair in counted),
+                    counted=len(counted),
+                )
+            )
+    return found
+
+
+def _certain(held: NDArray[np.float64]) -> Estimate:
+    return Estimate(float(held.all()) if len(held) else np.nan, np.nan, np.nan)
