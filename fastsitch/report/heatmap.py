@@ -1,98 +1,179 @@
-"""Annotated heat maps of stitching matrices."""
+"""Annotated heat maps of stitching matrices: one matrix drawn, and one pair as a figure."""
 
 import os
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from fastsitch.files import output_folder, write_atomically
+from fastsitch.files import output_folder
+from fastsitch.report.metrics import Style, style_of
+from fastsitch.report.output import save_figure
 from fastsitch.stitching.cells import Unit
 from fastsitch.sweep.results import Run
 
-_COLOURS = "viridis"
+_DARK = 0.45
+"""Below this luminance a cell's number is white."""
+
+_CELL = 0.6
+"""Side of a cell in inches."""
 
 
-def heatmap(
-    accuracy: NDArray[np.float64],
-    status: NDArray[np.float64],
-    *,
-    sender_positions: list[str],
-    receiver_positions: list[str],
-    title: str,
-    sender: str,
-    receiver: str,
-) -> Figure:
-    """One matrix (sender positions, receiver positions) as a figure; rows = sender, colour scale 0 to 1.
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """One matrix (sender positions, receiver positions) and what is written around it; rows = sender."""
 
-    Cells that diverged say so; cells that were not run stay grey.
+    matrix: NDArray[np.float64]
+    status: NDArray[np.float64]
+    """0 not run, 1 done, 2 diverged."""
+    sender: str
+    receiver: str
+    sender_positions: Sequence[str]
+    receiver_positions: Sequence[str]
+    title: str
+
+
+def pair_panel(run: Run, sender: str, receiver: str, setting: str, metric: str = "accuracy") -> Panel:
+    """One pair and setting of a run; the accuracies of both networks in the title."""
+    first, last = run.pair_networks(sender, receiver, setting)
+    return Panel(
+        matrix=run.matrix(sender, receiver, metric, setting=setting),
+        status=run.matrix(sender, receiver, "status", setting=setting),
+        sender=sender,
+        receiver=receiver,
+        sender_positions=[name for name, _ in first.positions],
+        receiver_positions=[name for name, _ in last.positions],
+        title=(
+            f"{setting}: {_kind(setting[0])} {sender} ({first.accuracy:.3f})"
+            f"  →  {_kind(setting[-1])} {receiver} ({last.accuracy:.3f})"
+        ),
+    )
+
+
+def seeds_note(run: Run, pairs: Sequence[tuple[str, str, str]], metric: str) -> str:
+    """What several seeds mean for the numbers shown: ``mean of 3 seeds, 95 % interval at most ±0.012``; else empty.
+
+    The widest of the intervals of all finished cells of ``pairs`` (sender, receiver, setting).
     """
-    rows, columns = accuracy.shape
-    figure = Figure(figsize=(2.6 + 0.72 * columns, 1.9 + 0.56 * rows), layout="constrained")
-    axes = figure.add_subplot()
-    colours = matplotlib.colormaps[_COLOURS].with_extremes(bad="0.85")
-    image = axes.imshow(np.ma.masked_invalid(accuracy), vmin=0, vmax=1, cmap=colours)
-    for i in range(rows):
-        for j in range(columns):
-            value = accuracy[i, j]
-            if np.isfinite(value):
-                text, colour = f"{value:.2f}", "black" if value > 0.6 else "white"
-            else:
-                text, colour = ("div." if status[i, j] == 2 else "–"), "black"
-            axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
+    count = len(run.config.seeds)
+    if count < 2:
+        return ""
+    widths = [run.interval(sender, receiver, metric, setting=setting).ravel() for sender, receiver, setting in pairs]
+    finite = np.concatenate(widths)
+    finite = finite[np.isfinite(finite)]
+    return f"mean of {count} seeds" + (f", 95 % interval at most ±{finite.max():.2g}" if finite.size else "")
+
+
+def draw(axes: Axes, panel: Panel, style: Style, scale: Normalize, *, labels: bool = True) -> None:
+    """One matrix with its numbers into ``axes``; cells that diverged say so, cells that were not run stay grey.
+
+    ``labels`` adds the names of the positions and of the axes.
+    """
+    colours = style.colours()
+    axes.imshow(np.ma.masked_invalid(panel.matrix), norm=scale, cmap=colours)
+    for (i, j), value in np.ndenumerate(panel.matrix):
+        if np.isfinite(value):
+            red, green, blue, _ = colours(scale(value))
+            dark = 0.299 * red + 0.587 * green + 0.114 * blue < _DARK
+            text, colour = style.text(float(value)), "white" if dark else "black"
+        else:
+            text, colour = ("div." if panel.status[i, j] == 2 else "–"), "black"
+        axes.text(j, i, text, ha="center", va="center", color=colour, fontsize=9)
+    rows, columns = panel.matrix.shape
+    axes.set_title(panel.title, fontsize=9)
+    axes.tick_params(length=0, labelsize=8)
+    if not labels:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return
     axes.set_xticks(
         range(columns),
-        [f"{j} {name}" for j, name in enumerate(receiver_positions)],
+        [f"{j} {name}" for j, name in enumerate(panel.receiver_positions)],
         rotation=40,
         ha="right",
         rotation_mode="anchor",
     )
-    axes.set_yticks(range(rows), [f"{i} {name}" for i, name in enumerate(sender_positions)])
-    axes.set_xlabel(f"receiver {receiver}: position whose output is replaced")
-    axes.set_ylabel(f"sender {sender}: position")
-    axes.set_title(title, fontsize=10)
-    axes.tick_params(length=0, labelsize=8)
-    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
-    bar.set_label("accuracy of the stitched network")
+    axes.set_yticks(range(rows), [f"{i} {name}" for i, name in enumerate(panel.sender_positions)])
+    axes.set_xlabel(f"receiver {panel.receiver}: position whose output is replaced")
+    axes.set_ylabel(f"sender {panel.sender}: position")
+
+
+def panels_figure(grid: Sequence[Sequence[Panel]], style: Style, *, title: str = "") -> Figure:
+    """Matrices in rows and columns of one figure, with one colour scale."""
+    panels = [panel for row in grid for panel in row]
+    scale = style.scale([panel.matrix for panel in panels])
+    # each column of panels as wide as its widest matrix, each row as high as its highest
+    widths = [max(panel.matrix.shape[1] for panel in column) for column in zip(*grid, strict=True)]
+    heights = [max(panel.matrix.shape[0] for panel in row) for row in grid]
+    # titles of neighbours must not meet
+    least = 5.0 if len(widths) > 1 else 0.0
+    size = (
+        0.9 + sum(max(1.5 + _CELL * width, least) for width in widths),
+        (0.4 if title else 0) + sum(1.5 + _CELL * height for height in heights),
+    )
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.subplots(len(heights), len(widths), squeeze=False, width_ratios=widths, height_ratios=heights)
+    for row, line in zip(axes, grid, strict=True):
+        for place, panel in zip(row, line, strict=True):
+            draw(place, panel, style, scale)
+    bar = figure.colorbar(
+        ScalarMappable(scale, style.colours()),
+        ax=axes,
+        fraction=0.05,
+        pad=0.03 if len(panels) == 1 else 0.01,
+        extend=_extend(scale, panels),
+        aspect=20 if len(heights) == 1 else 50,
+        # by default a colour bar pulls the panels to itself
+        panchor=False,
+    )
+    bar.set_label(style.label)
+    if title:
+        figure.suptitle(title, fontsize=11)
     return figure
 
 
-def pair_figure(run: Run, sender: str, receiver: str, setting: str) -> Figure:
+def pair_figure(run: Run, sender: str, receiver: str, setting: str, metric: str = "accuracy") -> Figure:
     """The heat map of one pair and setting; network accuracies in the title."""
-    first, last = run.pair_networks(sender, receiver, setting)
-    title = (
-        f"{setting}: {_kind(setting[0])} {sender} ({first.accuracy:.3f})"
-        f"  →  {_kind(setting[-1])} {receiver} ({last.accuracy:.3f})"
-    )
-    if len(run.config.seeds) > 1:
-        title += f", mean of {len(run.config.seeds)} seeds"
-    return heatmap(
-        run.matrix(sender, receiver, "accuracy", setting=setting),
-        run.matrix(sender, receiver, "status", setting=setting),
-        sender_positions=[name for name, _ in first.positions],
-        receiver_positions=[name for name, _ in last.positions],
-        title=title,
-        sender=sender,
-        receiver=receiver,
-    )
+    style = style_of(run, metric)
+    panel = pair_panel(run, sender, receiver, setting, metric)
+    return panels_figure([[panel]], style, title=seeds_note(run, [(sender, receiver, setting)], metric))
 
 
-def plot_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
-    """Write one heat map per pair and setting as PNG and PDF; return the PNG paths."""
+def plot_run(run: Run, out: str | os.PathLike[str], metric: str = "accuracy") -> list[Path]:
+    """Write one heat map per pair and setting as PNG and PDF; return the PNG paths.
+
+    Files are ``SENDER--RECEIVER.SETTING.png``, with the metric before the suffix unless it is the accuracy. Raises
+    ConfigError for a metric that the run has not.
+    """
+    style_of(run, metric)
     folder = output_folder(out)
     paths = []
     for sender, receiver, setting in run.pairs():
-        figure = pair_figure(run, sender, receiver, setting)
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
-        for kind in ("pdf", "png"):
-            path = folder / f"{unit.pair}.{kind}"
-            write_atomically(path, partial(figure.savefig, format=kind, dpi=160))
-        paths.append(path)
+        path = folder / figure_name(unit.pair, metric)
+        paths.append(save_figure(pair_figure(run, sender, receiver, setting, metric), path))
     return paths
+
+
+def figure_name(stem: str, metric: str) -> str:
+    """The name of a figure's PNG; the metric is part of it unless it is the accuracy."""
+    return f"{stem}.png" if metric == "accuracy" else f"{stem}.{metric}.png"
 
 
 def _kind(letter: str) -> str:
     return "trained" if letter == "T" else "random"
+
+
+def _extend(scale: Normalize, panels: Sequence[Panel]) -> str:
+    """Which ends of the colour bar have values beyond them."""
+    values = np.concatenate([panel.matrix[np.isfinite(panel.matrix)] for panel in panels])
+    if values.size == 0 or scale.vmin is None or scale.vmax is None:
+        return "neither"
+    below, above = values.min() < scale.vmin, values.max() > scale.vmax
+    return "both" if below and above else "min" if below else "max" if above else "neither"
