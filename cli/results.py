@@ -1,4 +1,4 @@
-"""The commands that hand results out: export, plot; and the table at the end of a sweep."""
+"""The commands that hand results out: export, plot, compare; and the table at the end of a sweep."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,12 @@ import numpy as np
 import typer
 
 import fastsitch
+from fastsitch.analysis.compare import compare_run
 from fastsitch.analysis.triangle import triangle
 from fastsitch.cli.console import table
 from fastsitch.cli.options import DatasetOption, DebugOption, RootOption
+from fastsitch.report.choose import plot_figures
+from fastsitch.report.comparison import comparison_text
 from fastsitch.sweep.results import Run
 
 RunArgument = Annotated[str, typer.Argument(help="Name of the run, as sweep and list show it.")]
@@ -18,7 +21,7 @@ OutOption = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (export, plot):
+    for command in (export, plot, compare):
         app.command()(command)
 
 
@@ -37,13 +40,39 @@ def export(
 def plot(
     run: RunArgument,
     out: OutOption,
+    metric: Annotated[
+        str, typer.Option(help="accuracy, accuracy_ratio, accuracy_drop, loss, train_loss or matched_error.")
+    ] = "accuracy",
+    figure: Annotated[
+        str,
+        typer.Option(
+            help="pairs (one heat map each), controls (a pair's settings side by side), directions (both ways of two "
+            "networks) or overview (all pairs on one page)."
+        ),
+    ] = "pairs",
+    matched: Annotated[
+        str | None,
+        typer.Option(help="A run with --loss match: its matrices beside those of RUN.", show_default="none"),
+    ] = None,
     root: RootOption = None,
     dataset: DatasetOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Draw the matrices of a run as annotated heat maps, PNG and PDF."""
-    for path in fastsitch.plot_run(fastsitch.open_run(run, dataset=dataset, root=root), out):
+    chosen = fastsitch.open_run(run, dataset=dataset, root=root)
+    other = None if matched is None else fastsitch.open_run(matched, dataset=dataset, root=root)
+    for path in plot_figures(chosen, out, figure=figure, metric=metric, matched=other):
         typer.echo(f"{path} and {path.with_suffix('.pdf').name}")
+
+
+def compare(
+    run: RunArgument,
+    root: RootOption = None,
+    dataset: DatasetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Set a run beside the published matrices of the same pairs and settings."""
+    typer.echo(comparison_text(compare_run(fastsitch.open_run(run, dataset=dataset, root=root))))
 
 
 def summary(run: Run) -> str:

@@ -8,11 +8,13 @@ one shape; H W C sender height, width, channels; P Q D receiver height, width, c
 stitch's GEMM. Tensors are channels-last in memory.
 """
 
+from fastsitch.analysis.compare import compare_run
 from fastsitch.api import bench, configure_sweep, estimate, images, open_run, precompute, sweep, train
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
 from fastsitch.paper.run import estimate_paper, paper
+from fastsitch.report.choose import plot_figures
 from fastsitch.report.heatmap import plot_run
 from fastsitch.sweep.export import export_run
 from fastsitch.sweep.results import Run
@@ -25,6 +27,7 @@ __all__ = [
     "Position",
     "Run",
     "bench",
+    "compare_run",
     "configure_sweep",
     "estimate",
     "estimate_paper",
@@ -33,6 +36,7 @@ __all__ = [
     "load_dataset",
     "open_run",
     "paper",
+    "plot_figures",
     "plot_run",
     "precompute",
     "sweep",

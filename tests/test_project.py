@@ -109,6 +109,6 @@ def test_the_wheel_holds_every_module_and_the_data(tmp_path: Path) -> None:
         packed = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
     expected = set()
     for name in files:
-        if name.endswith((".py", ".npz", ".txt", "py.typed")):
+        if name.endswith((".py", ".npz", ".txt", ".json", "py.typed")):
             expected.add(name if name.startswith("fastsitch/") else f"fastsitch/{name}")
     assert packed == expected
