@@ -273,7 +273,7 @@ def test_little_memory_takes_more_passes_to_the_same_bits(pair: Pair, monkeypatc
 def test_networks_on_other_images_are_refused(fashion: Dataset, pair: Pair) -> None:
     chain = network("R1111")
     sender = SenderMoments(ResidentSplitInOrder(pair.sender))
-    with pytest.raises(ConfigError, match="the sender has 150 training images, the receiver 149"):
+    with pytest.raises(ConfigError, match="the sender has 150 images, the receiver 149"):
         pair_moments(sender, ResidentSplitInOrder(source_of(chain, fashion, train=149)))
     other = source_of(chain, fashion)
     other.train.labels = other.train.labels.flip(0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsitch.activations.ordered import OrderedSplit
+from fastsitch.activations.source import SourceSplit
 from fastsitch.errors import ConfigError
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.stitching.products import ExpectedRows, Products, chunk_images
@@ -53,21 +54,21 @@ class CellMoments:
     def error(self, weight_FD: Tensor, bias_D: Tensor) -> float:
         """The mean squared error of any stitch to the expected representation: ES of the matched, EV of a vanilla one.
 
-        Weight (F, D), features ordered (ky, kx, c), and bias (D,), any dtype; never below 0.
+        Weight (F, D), features ordered (ky, kx, c), and bias (D,), any dtype. Never below 0; NaN where they are NaN.
         """
         weight, bias = self._exact(weight_FD, bias_D)
         offset_D = self.inputs.mean_F @ weight + bias - self.mean_D
         fitted = (weight * (self.inputs.scatter_FF @ weight - 2 * self.cross_FD)).sum()
         fitted += self.inputs.rows * offset_D.square().sum()
         total = self.geometry.up**2 * fitted + self.scatter_D.sum()
-        return max(0.0, total.item() / self.elements)
+        return _at_least_0(total.item() / self.elements)
 
     def distance(self, first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
         """The mean squared difference between the outputs of two stitches (weight, bias): SV."""
         weight, bias = (a - b for a, b in zip(self._exact(*first), self._exact(*second), strict=True))
         offset_D = self.inputs.mean_F @ weight + bias
         total = (weight * (self.inputs.scatter_FF @ weight)).sum() + self.inputs.rows * offset_D.square().sum()
-        return max(0.0, self.geometry.up**2 * total.item() / self.elements)
+        return _at_least_0(self.geometry.up**2 * total.item() / self.elements)
 
     def _exact(self, weight_FD: Tensor, bias_D: Tensor) -> tuple[Tensor, Tensor]:
         return weight_FD.to(self.cross_FD), bias_D.to(self.cross_FD)
@@ -126,7 +127,7 @@ def pair_moments(
     two do not hold the same images in the same order.
     """
     split = sender.split
-    _require_same_images(split, receiver)
+    require_same_images(split, receiver)
     geometries = {
         (i, j): Geometry.between(origin, target)
         for (i, origin), (j, target) in product(enumerate(split.shapes), enumerate(receiver.shapes))
@@ -202,12 +203,18 @@ def _passes(sender: SenderMoments, geometries: Mapping[tuple[int, int], Geometry
     yield together
 
 
-def _require_same_images(sender: OrderedSplit, receiver: OrderedSplit) -> None:
+def _at_least_0(error: float) -> float:
+    """What rounding made negative is 0; NaN stays NaN, which ``max(0.0, error)`` would hide."""
+    return 0.0 if error < 0 else error
+
+
+def require_same_images(sender: OrderedSplit | SourceSplit, receiver: OrderedSplit | SourceSplit) -> None:
+    """Raise ConfigError when the two do not hold the same images in the same order."""
     for what in ("labels", "ids"):
         provided, wanted = getattr(sender, what), getattr(receiver, what)
         if len(provided) != len(wanted):
             raise ConfigError(
-                f"matching needs the same images in both networks: the sender has {len(provided)} training images, "
+                f"matching needs the same images in both networks: the sender has {len(provided)} images, "
                 f"the receiver {len(wanted)}; make both stores from one data set"
             )
         if not torch.equal(provided.to(wanted.device), wanted):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsitch.activations.live import PASS_IMAGES
 from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.kernels import space_to_depth
 from fastsitch.stitching.geometry import Geometry
@@ -25,8 +26,11 @@ _SLICE_ROWS, _THIN = 1024, 32
 
 
 def chunk_images(device: torch.device) -> int:
-    """Images per product, a divisor of a store's read: cache-sized on a CPU, on CUDA enough to fill the device."""
-    return 512 if device.type == "cuda" else 64
+    """Images per product: cache-sized on a CPU, on CUDA enough to fill the device.
+
+    A divisor of what an ordered split gives at a time: 1,024 images from a store, 256 from a network that runs live.
+    """
+    return PASS_IMAGES if device.type == "cuda" else 64
 
 
 class ExpectedRows:
