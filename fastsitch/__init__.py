@@ -9,7 +9,9 @@ stitch's GEMM. Tensors are channels-last in memory.
 """
 
 from fastsitch.analysis.compare import compare_run
-from fastsitch.api import bench, configure_sweep, estimate, images, open_run, precompute, sweep, train
+from fastsitch.analysis.error_files import read_errors
+from fastsitch.analysis.errors import StitchErrors
+from fastsitch.api import bench, configure_sweep, estimate, images, measure_errors, open_run, precompute, sweep, train
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
@@ -26,6 +28,7 @@ __all__ = [
     "FastsitchError",
     "Position",
     "Run",
+    "StitchErrors",
     "bench",
     "compare_run",
     "configure_sweep",
@@ -34,11 +37,13 @@ __all__ = [
     "export_run",
     "images",
     "load_dataset",
+    "measure_errors",
     "open_run",
     "paper",
     "plot_figures",
     "plot_run",
     "precompute",
+    "read_errors",
     "sweep",
     "train",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 from fastsitch.activations.precompute import ensure_store
 from fastsitch.activations.store import ActivationStore
 from fastsitch.advice import command
+from fastsitch.analysis import measure
+from fastsitch.analysis.measure import MeasureReport
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.run import BenchResult, Report, run_bench
 from fastsitch.data import DEFAULT_DATASET, canonical_dataset, load_dataset
@@ -195,6 +197,23 @@ def bench(
     without any figure when the engine fails its own check.
     """
     return run_bench(Root.at(root), BenchConfig(**options), device=device, report=report)
+
+
+def measure_errors(
+    run: Run,
+    *,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    report: Callable[[MeasureReport], None] | None = None,
+) -> None:
+    """Measure EV, ES and SV of every cell of a vanilla run, for :func:`read_errors`; what is measured is kept.
+
+    ``root`` is where the run's networks and stores lie (default: the root that the run is in). Raises RunError,
+    NetworkError, StoreError, DataError or BusyError; see :func:`fastsitch.analysis.measure.measure_errors`.
+    """
+    place = Root.at(run.path.parents[2] if root is None else root, data_dir)
+    measure.measure_errors(place, run, device=device, report=report)
 
 
 def open_run(name: str, *, dataset: str | None = None, root: PathLike | None = None) -> Run:

@@ -1,5 +1,6 @@
 """A run on disk: its configuration, what ``auto`` chose, and one pair of files per finished unit."""
 
+import hashlib
 import json
 import logging
 import zipfile
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
@@ -267,6 +269,25 @@ class Run:
             raise RunError(f"{file} has no stitch ({cell.i}, {cell.j})")
         return tensors
 
+    def stitches(self, unit: Unit) -> dict[Cell, tuple[Tensor, Tensor]]:
+        """All stitches of a finished unit, as :meth:`stitch` gives them; raises RunError."""
+        file = self._file(unit, ".safetensors")
+        try:
+            weights = parse_safetensors(self._stitches(unit))
+            found = {}
+            for name in weights:
+                place, _, part = name.partition(".")
+                if part == "weight":
+                    i, j = map(int, place.split("-"))
+                    found[Cell(unit, i, j)] = weights[name], weights[f"{place}.bias"]
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise RunError(f"{file} is damaged ({error}): sweep again to replace it") from None
+        return found
+
+    def stitches_hash(self, unit: Unit) -> str:
+        """sha256 (hex) of the file with a finished unit's stitches; raises RunError where there is none."""
+        return hashlib.sha256(self._stitches(unit)).hexdigest()
+
     def pairs(self) -> Iterator[tuple[str, str, str]]:
         """(sender, receiver, setting) of every exported matrix, in the order of the plan."""
         yield from dict.fromkeys((u.unit.sender, u.unit.receiver, u.unit.setting) for u in self.units)
@@ -345,6 +366,12 @@ class Run:
     def _raw(self) -> tuple[str, ...]:
         """The matrices in a unit's file."""
         return (*_RAW, _MATCHED) if self.config.matches else _RAW
+
+    def _stitches(self, unit: Unit) -> bytes:
+        try:
+            return self._file(unit, ".safetensors").read_bytes()
+        except FileNotFoundError:
+            raise RunError(f"unit {unit.name} of run {self.name!r} is not done: sweep again to finish it") from None
 
     def _file(self, unit: Unit, suffix: str = ".npz") -> Path:
         return self.path / "units" / (unit.name + suffix)

@@ -71,7 +71,7 @@ class Representations:
         self._device = device
 
     def sender(self, name: NetworkName) -> tuple[Source, OrderedSplit, Origin]:
-        """A sender's source, and its training images in order."""
+        """A network's source, and its training images in order."""
         if self._source == "live":
             live = LiveSource(self.live(name, self._dataset.train), self.live(name, self._dataset.test))
             return live, LiveSplitInOrder(live.train), self._live_origin(name)
@@ -82,12 +82,16 @@ class Representations:
         resident = ResidentSource.load(store, dtype=self._dtype, device=self._device)
         return resident, ResidentSplitInOrder(resident), _origin(store)
 
-    def expected(self, name: NetworkName) -> tuple[OrderedSplit, Origin]:
-        """A receiver's own representations of the training images, in order."""
-        if self._source == "live":
-            return LiveSplitInOrder(self.live(name, self._dataset.train)), self._live_origin(name)
+    def expected(self, name: NetworkName, split: str = "train", *, make: bool = True) -> tuple[OrderedSplit, Origin]:
+        """A network's own representations of the training or test images, in order.
+
+        Without ``make`` a network that has no store runs live instead.
+        """
+        if self._source == "live" or not (make or self._root.store(self._dataset.name, name).exists()):
+            images = self._dataset.train if split == "train" else self._dataset.test
+            return LiveSplitInOrder(self.live(name, images)), self._live_origin(name)
         store = self._store(name)
-        return StoredSplitInOrder(store, dtype=self._dtype, device=self._device), _origin(store)
+        return StoredSplitInOrder(store, split, dtype=self._dtype, device=self._device), _origin(store)
 
     def live(self, name: NetworkName, split: Split) -> LiveSplit:
         """Images as a network sees them that runs as it would for a store, with the store's rounding."""

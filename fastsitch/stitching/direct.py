@@ -1,0 +1,117 @@
+"""Errors of stitches by a direct pass over images: every output is compared with the expected value, in fp64."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fastsitch.activations.ordered import OrderedSplit
+from fastsitch.kernels import space_to_depth
+from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.moments import require_same_images
+from fastsitch.stitching.products import ExpectedRows, Size, chunk_images
+
+Stitch = tuple[Tensor, Tensor]
+"""Weight (F, D), features ordered (ky, kx, c), and bias (D,), of any dtype."""
+
+
+@dataclass(frozen=True)
+class DirectErrors:
+    """Of S stitches per cell, in fp64 on the CPU; NaN or infinite where a stitch is."""
+
+    error: Tensor
+    """Mean squared errors to the expected representation (S, sender positions, receiver positions)."""
+    distance: Tensor
+    """Mean squared differences to the outputs of the first stitch, of the same shape."""
+    variance: Tensor
+    """Of the expected representation about its mean in each channel, a mean over channels (receiver positions,)."""
+
+
+@torch.no_grad()
+def direct_errors(
+    sender: OrderedSplit,
+    receiver: OrderedSplit,
+    stitches: Mapping[tuple[int, int], Sequence[Stitch]],
+    report: Callable[[int, int], None] | None = None,
+) -> DirectErrors:
+    """Run the stitches of all cells (i, j) of a pair, as many for each, over all images of a split.
+
+    The stitches are the exact affine maps: nothing is rounded to a compute dtype on the way. Raises ConfigError when
+    the two splits do not hold the same images in the same order. ``report`` is told images done and images in all.
+    """
+    require_same_images(sender, receiver)
+    device = sender.labels.device
+    images, step = len(sender.labels), chunk_images(device)
+    expected = ExpectedRows(receiver, device)
+    sizes = list(dict.fromkeys(shape[1:] for shape in receiver.shapes))
+    together = [
+        _Together(i, shape, size, receiver, stitches, device)
+        for (i, shape), size in product(enumerate(sender.shapes), sizes)
+    ]
+    for start in range(0, images, step):
+        stop = min(start + step, images)
+        expected.load(start, stop, sizes)
+        for own in together:
+            own.add(sender.images(own.i, start, stop), expected)
+        if report is not None:
+            report(stop, images)
+    several = len(next(iter(stitches.values())))
+    error = torch.zeros(several, len(sender.shapes), len(receiver.shapes), dtype=torch.float64)
+    distance, variance = torch.zeros_like(error), torch.zeros(len(receiver.shapes), dtype=torch.float64)
+    for own in together:
+        for j in own.positions:
+            columns, (channels, height, width) = expected.columns[j], receiver.shapes[j]
+            values = images * height * width
+            error[:, own.i, j] = own.error_SD[:, columns].sum(1).cpu() / (values * channels)
+            distance[:, own.i, j] = own.distance_SD[:, columns].sum(1).cpu() / (values * channels)
+            sum_D, squares_D = (total[own.size][columns] for total in (expected.sum_D, expected.squares_D))
+            variance[j] = (squares_D - sum_D.square() / values).sum().cpu() / (values * channels)
+    return DirectErrors(error, distance, variance)
+
+
+class _Together:
+    """The stitches from one sender position into all receiver positions of one size, side by side, and their sums."""
+
+    def __init__(
+        self,
+        i: int,
+        shape: tuple[int, int, int],
+        size: Size,
+        receiver: OrderedSplit,
+        stitches: Mapping[tuple[int, int], Sequence[Stitch]],
+        device: torch.device,
+    ) -> None:
+        self.i = i
+        self.size = size
+        self.positions = [j for j, own in enumerate(receiver.shapes) if own[1:] == size]
+        geometry = Geometry.between(shape, receiver.shapes[self.positions[0]])
+        self.down, self.up = geometry.down, geometry.up
+        several = range(len(stitches[i, self.positions[0]]))
+
+        def beside(part: int) -> Tensor:
+            """Weights (S, F, D) or biases (S, D), the columns in the order of the expected rows."""
+            rows = [torch.cat([stitches[i, j][s][part].to(device) for j in self.positions], -1) for s in several]
+            return torch.stack([row.to(torch.float64) for row in rows])
+
+        self._weight_SFD, self._bias_SD = beside(0), beside(1)
+        self.error_SD = torch.zeros_like(self._bias_SD)
+        self.distance_SD = torch.zeros_like(self._bias_SD)
+
+    def add(self, x_NHWC: Tensor, expected: ExpectedRows) -> None:
+        """Add a chunk, the one that ``expected`` holds."""
+        x_MF = space_to_depth(x_NHWC, self.down).flatten(0, 2).to(torch.float64)
+        height, width = (extent // self.up for extent in self.size)
+        # one row of outputs stands for up x up expected ones
+        y = expected.rows(self.size, 1).view(-1, height, self.up, width, self.up, self._bias_SD.shape[1])
+        first_MD = None
+        for s, (weight_FD, bias_D) in enumerate(zip(self._weight_SFD, self._bias_SD, strict=True)):
+            # expected values come without their shift
+            out_MD = torch.addmm(bias_D - expected.shift_D[self.size], x_MF, weight_FD)
+            difference = out_MD.view(-1, height, 1, width, 1, out_MD.shape[1]) - y
+            self.error_SD[s] += difference.square_().flatten(0, -2).sum(0)
+            if first_MD is None:
+                first_MD = out_MD
+            else:
+                self.distance_SD[s] += self.up**2 * out_MD.sub_(first_MD).square_().sum(0)
