@@ -1,5 +1,6 @@
-"""The commands that hand results out: export, plot, compare; and the table at the end of a sweep."""
+"""The commands that hand results out: export, plot, tables, compare; and the table at the end of a sweep."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -8,11 +9,15 @@ import typer
 
 import fastsitch
 from fastsitch.analysis.compare import compare_run
+from fastsitch.analysis.error_files import SPLITS, run_errors
+from fastsitch.analysis.measure import MeasureReport
 from fastsitch.analysis.triangle import triangle
-from fastsitch.cli.console import table
-from fastsitch.cli.options import DatasetOption, DebugOption, RootOption
+from fastsitch.cli.console import Progress, table
+from fastsitch.cli.options import DataDirOption, DatasetOption, DebugOption, DeviceOption, RootOption
+from fastsitch.errors import ConfigError
 from fastsitch.report.choose import plot_figures
 from fastsitch.report.comparison import comparison_text
+from fastsitch.report.tables import tables_text, wants_colour, write_tables
 from fastsitch.sweep.results import Run
 
 RunArgument = Annotated[str, typer.Argument(help="Name of the run, as sweep and list show it.")]
@@ -21,7 +26,7 @@ OutOption = Annotated[Path, typer.Option(help="Folder to write to.")]
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the application."""
-    for command in (export, plot, compare):
+    for command in (export, plot, tables, compare):
         app.command()(command)
 
 
@@ -63,6 +68,32 @@ def plot(
     other = None if matched is None else fastsitch.open_run(matched, dataset=dataset, root=root)
     for path in plot_figures(chosen, out, figure=figure, metric=metric, matched=other):
         typer.echo(f"{path} and {path.with_suffix('.pdf').name}")
+
+
+def tables(
+    run: RunArgument,
+    out: Annotated[Path | None, typer.Option(help="Folder for CSV, LaTeX, PNG and PDF.", show_default="none")] = None,
+    split: Annotated[str, typer.Option(help="train or test: the images that errors are means over.")] = "train",
+    root: RootOption = None,
+    data_dir: DataDirOption = None,
+    dataset: DatasetOption = None,
+    device: DeviceOption = "auto",
+    debug: DebugOption = False,
+) -> None:
+    """Errors of vanilla and matched stitches (EV, ES, SV) as Tables 1 and 2; measured first where they are not yet."""
+    chosen = fastsitch.open_run(run, dataset=dataset, root=root)
+    if split not in SPLITS:
+        raise ConfigError(f"--split {split}: expected {' or '.join(SPLITS)}")
+    with Progress("errors", "units") as progress:
+
+        def report(step: MeasureReport) -> None:
+            progress.update(step.units, step.total, step.unit)
+
+        fastsitch.measure_errors(chosen, root=root, data_dir=data_dir, device=device, report=report)
+    errors = run_errors(chosen, split)
+    typer.echo(tables_text(errors, colour=wants_colour(sys.stdout)))
+    for path in [] if out is None else write_tables(errors, out):
+        typer.echo(str(path))
 
 
 def compare(

@@ -47,6 +47,11 @@ def read_errors(
     return StitchErrors(**{name: np.mean([errors[name] for errors in found], axis=0) for name in found[0]})
 
 
+def run_errors(run: Run, split: str = "train") -> dict[tuple[str, str, str], StitchErrors]:
+    """The errors of all pairs and settings of a run, as :func:`read_errors` gives them."""
+    return {unit: read_errors(run, *unit, split=split) for unit in run.pairs()}
+
+
 def load_errors(run: Run, unit: Unit) -> dict[str, StitchErrors]:
     """The errors of a unit by split; raises RunError when there are none, or the file is damaged or stale."""
     path = _file(run, unit)

@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from fastsitch import api
+from fastsitch.analysis.compare import compare_run
 from fastsitch.data import load_dataset
 from fastsitch.errors import RunError
-from fastsitch.files import output_folder, write_atomically
+from fastsitch.files import output_folder
 from fastsitch.paper.estimate import PaperEstimate, estimate_study, runs_live
+from fastsitch.paper.results import StudyRuns, draw_all_figures, write_all_tables
 from fastsitch.paper.study import PaperConfig, paper_config
+from fastsitch.report.comparison import comparison_text
+from fastsitch.report.output import write_text
 from fastsitch.root import Root
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.execute import run_sweep
@@ -84,10 +88,10 @@ class Paper:
         )
 
     def _sweep(self) -> None:
-        for config in (*self.config.sweeps(), *self.config.baselines()):
-            run = self._run(config, "sweep")
+        runs = [self._run(config, "sweep") for config in (*self.config.sweeps(), *self.config.baselines())]
+        for run in runs:
             self.files += export_run(run, self.out / "matrices")
-        self._check_controls()
+        self._check_controls(runs)
 
     def _matched(self) -> None:
         for vanilla in self.config.sweeps():
@@ -101,33 +105,12 @@ class Paper:
             run=self.config.run_name(config),
             device=self.device,
             memory=self.memory,
-            report=lambda step: self.tell(f"{what} {step.unit}", "cells", step.cells, step.total),
+            report=lambda step: self.tell(what, "cells", step.cells, step.total),
         )
 
-    def vanilla(self) -> list[Run]:
-        """The finished vanilla runs; raises RunError where one is missing or unfinished."""
-        return [self._finished(config, "sweep") for config in self.config.sweeps()]
-
-    def baselines(self) -> list[Run]:
-        return [self._finished(config, "sweep") for config in self.config.baselines()]
-
-    def matched(self) -> list[Run]:
-        return [self._finished(self.config.matched(config), "matched") for config in self.config.sweeps()]
-
-    def _finished(self, config: SweepConfig, stage: str) -> Run:
-        name = self.config.run_name(config)
-        path = self.root.run(config.dataset, name)
-        if (path / "run.json").is_file():
-            run = Run.open(path)
-            if all(run.done(planned.unit) for planned in run.units):
-                return run
-        raise RunError(f"run {name!r} is not finished: let stage {stage} end first, as in --stages {stage}")
-
-    def _check_controls(self) -> None:
+    def _check_controls(self, runs: list[Run]) -> None:
         """Networks with their accuracies; untrained ones that know more than chance are named."""
-        networks = {
-            name: network for run in (*self.vanilla(), *self.baselines()) for name, network in run.networks.items()
-        }
+        networks = {name: network for run in runs for name, network in run.networks.items()}
         chance = 1 / load_dataset(self.config.dimensions.dataset, self.root.data_dir).classes
         lines = ["network,trained,width,accuracy,chance"]
         for name, network in networks.items():
@@ -135,9 +118,60 @@ class Paper:
             lines.append(f"{name},{trained},{network.width},{network.accuracy:.4f},{chance:.4f}")
             if name.random and network.accuracy > chance + ABOVE_CHANCE:
                 log.warning("control %s has accuracy %.3f, far above chance (%.3f)", name, network.accuracy, chance)
-        path = self.out / "networks.csv"
-        write_atomically(path, lambda file: file.write(("\n".join(lines) + "\n").encode()))
-        self.files.append(path)
+        self.files.append(write_text(self.out / "networks.csv", "\n".join(lines) + "\n"))
+
+    def _tables(self) -> None:
+        runs = self._finished()
+        for run in runs.vanilla:
+            api.measure_errors(
+                run,
+                root=self.root.path,
+                data_dir=self.root.data_dir,
+                device=self.device,
+                report=lambda step: self.tell("errors", "units", step.units, step.total),
+            )
+        self.files += write_all_tables(runs, self.out)
+
+    def _figures(self) -> None:
+        self.files += draw_all_figures(self._finished(), self.out / "figures")
+
+    def _images(self) -> None:
+        """Of the first network's positions in its own input and in that of the last one; trained networks."""
+        run = self._finished().vanilla[0]
+        config = run.config
+        self.files += api.images(
+            run.name,
+            senders=config.senders[:1],
+            receivers=list(dict.fromkeys((config.receivers[0], config.receivers[-1]))),
+            settings=config.settings[:1],
+            out=self.out / "images",
+            memory=self.memory,
+            report=lambda step: self.tell("images", "cells", step.cells, step.total),
+            **self._place,
+        )
+
+    def _compare(self) -> None:
+        runs = self._finished()
+        texts = [comparison_text(compare_run(run)) for run in (*runs.vanilla, *runs.matched)]
+        self.files.append(write_text(self.out / "comparison.txt", "\n\n".join(texts) + "\n"))
+
+    def _finished(self) -> StudyRuns:
+        """The runs of the study; raises RunError where one is missing or unfinished."""
+        config = self.config
+        return StudyRuns(
+            vanilla=[self._open(own, "sweep") for own in config.sweeps()],
+            matched=[self._open(config.matched(own), "matched") for own in config.sweeps()],
+            baselines=[self._open(own, "sweep") for own in config.baselines()],
+        )
+
+    def _open(self, config: SweepConfig, stage: str) -> Run:
+        name = self.config.run_name(config)
+        path = self.root.run(config.dataset, name)
+        if (path / "run.json").is_file():
+            run = Run.open(path)
+            if all(run.done(planned.unit) for planned in run.units):
+                return run
+        raise RunError(f"run {name!r} is not finished: let stage {stage} end first, as in --stages {stage}")
 
 
 def paper(

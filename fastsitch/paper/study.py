@@ -10,7 +10,7 @@ from fastsitch.identity import stable_hash
 from fastsitch.networks.names import NetworkName
 from fastsitch.sweep.config import SETTINGS, SweepConfig, listed, sweep_config
 
-STAGES = ("train", "precompute", "sweep", "matched")
+STAGES = ("train", "precompute", "sweep", "matched", "tables", "figures", "images", "compare")
 
 STUDIES = {
     "small-resnets": tuple("R" + "".join(blocks) for blocks in product("12", repeat=4)),

@@ -34,17 +34,25 @@ def plot_controls(run: Run, out: PathLike, *, pairs: Pairs | None = None, metric
     return paths
 
 
-def plot_directions(run: Run, out: PathLike, *, pairs: Pairs | None = None, metric: str = "accuracy") -> list[Path]:
+def plot_directions(
+    run: Run, out: PathLike, *, pairs: Pairs | None = None, metric: str = "accuracy", back: Run | None = None
+) -> list[Path]:
     """Figure 4: for each pair that the run has both ways, both directions above each other, settings side by side.
 
-    ``pairs`` are, unless named, all two different networks that are senders and receivers of the run. Files
+    ``back`` is the run with the second direction, where that is another. ``pairs`` are, unless named, all two
+    different networks that are joined both ways. Files
     ``FIRST--SECOND.directions.png`` and ``.pdf``; returns the PNG paths. Raises ConfigError when there is no such pair,
     RunError for one that the run has not.
     """
     style = style_of(run, metric)
     folder = output_folder(out)
     known = _all_pairs(run)
-    chosen = pairs or [(a, b) for place, (a, b) in enumerate(known) if a != b and (b, a) in known[place + 1 :]]
+    returning = _all_pairs(back) if back is not None else []
+    chosen = pairs or [
+        (a, b)
+        for place, (a, b) in enumerate(known)
+        if a != b and (b, a) in (known[place + 1 :] if back is None else returning)
+    ]
     if not chosen:
         raise ConfigError(
             f"run {run.name!r} has no two networks stitched both ways: it joins {', '.join(run.config.senders)} to "
@@ -52,11 +60,11 @@ def plot_directions(run: Run, out: PathLike, *, pairs: Pairs | None = None, metr
         )
     paths = []
     for first, second in chosen:
-        grid = [[(a, b, setting) for setting in run.config.settings] for a, b in ((first, second), (second, first))]
+        ways = ((run, first, second), (run if back is None else back, second, first))
         figure = panels_figure(
-            [[pair_panel(run, *unit, metric) for unit in row] for row in grid],
+            [[pair_panel(own, a, b, setting, metric) for setting in run.config.settings] for own, a, b in ways],
             style,
-            title=seeds_note(run, [unit for row in grid for unit in row], metric),
+            title=seeds_note(run, [(first, second, setting) for setting in run.config.settings], metric),
         )
         paths.append(save_figure(figure, folder / figure_name(f"{first}--{second}.directions", metric)))
     return paths

@@ -1,0 +1,47 @@
+"""Tables and figures of a study whose runs are finished."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastsitch.analysis.error_files import SPLITS, run_errors
+from fastsitch.report.figures import plot_controls, plot_directions, plot_matched
+from fastsitch.report.heatmap import plot_run
+from fastsitch.report.overview import plot_overview
+from fastsitch.report.patterns import write_patterns
+from fastsitch.report.tables import write_tables
+from fastsitch.sweep.results import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyRuns:
+    """The finished runs: vanilla and matched stitches of the same pairs, and of each network into its twin."""
+
+    vanilla: list[Run]
+    matched: list[Run]
+    baselines: list[Run]
+
+
+def write_all_tables(runs: StudyRuns, out: Path) -> list[Path]:
+    """Tables 1 and 2, on training and on test images, and what is said of the triangle; return the paths."""
+    files = []
+    for split in SPLITS:
+        errors = {unit: own for run in runs.vanilla for unit, own in run_errors(run, split).items()}
+        files += write_tables(errors, out / "tables" / split)
+    for run in runs.vanilla:
+        files += write_patterns(run, out / "patterns" if len(runs.vanilla) == 1 else out / "patterns" / run.name)
+    return files
+
+
+def draw_all_figures(runs: StudyRuns, out: Path) -> list[Path]:
+    """Figures 2, 4 and 5 and overview pages; the classical baseline beside the self-pairs; return the PNG paths."""
+    files = []
+    for vanilla, matched in zip(runs.vanilla, runs.matched, strict=True):
+        files += plot_controls(vanilla, out / "controls")
+        files += plot_matched(vanilla, matched, out / "matched")
+        if len(runs.vanilla) == 1:
+            files += plot_overview(vanilla, out)
+    if len(runs.vanilla) == 2:
+        files += plot_directions(runs.vanilla[0], out, back=runs.vanilla[1])
+    for run in runs.baselines:
+        files += plot_run(run, out / "baseline")
+    return files
