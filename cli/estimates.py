@@ -21,7 +21,9 @@ def show_estimate(estimate: SweepEstimate) -> None:
     )
     recipe = estimate.config.recipe
     how = f"recipe {recipe.name}: {recipe.epochs} epochs, batch {recipe.batch_size}, peak learning rate {recipe.lr}"
-    if estimate.config.loss == "match":
+    if estimate.config.regresses:
+        how += ", on the squared error to the expected representation"
+    elif estimate.config.loss == "match":
         how = "matched stitches, exact, without training"
     elif estimate.config.init == "matched":
         how += ", from the matched stitches"

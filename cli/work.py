@@ -129,7 +129,9 @@ def sweep(
         str | None,
         typer.Option(help="paper, small or published-schedule.", show_default="small for fashion-mini, else paper"),
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="Epochs.", show_default="the recipe's")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Epochs.", show_default="the recipe's; 30 with --solver sgd")
+    ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
     optimizer: Annotated[
         str, typer.Option(help="sgd, or preconditioned: SGD in whitened inputs, for --init matched.")
@@ -149,7 +151,9 @@ def sweep(
         typer.Option(help="auto, resident (in memory), streamed (read while in use) or live (the sender runs again)."),
     ] = "auto",
     loss: Annotated[str, typer.Option(help="task, or match: least squares to what the receiver expects.")] = "task",
-    solver: Annotated[str, typer.Option(help="exact: matched stitches without training.")] = "exact",
+    solver: Annotated[
+        str, typer.Option(help="Of --loss match: exact, without training; or sgd: trained, the published way.")
+    ] = "exact",
     init: Annotated[str, typer.Option(help="default, or matched: training starts at the matched stitch.")] = "default",
     receiver_bn: Annotated[
         str,

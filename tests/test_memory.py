@@ -45,13 +45,14 @@ from fastsitch.activations.resident import ResidentSource
 from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.stitching.engine import TrainingRecipe, train_group
+from fastsitch.stitching.regression import regress_group
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.sweep.memory import StepKind, group_memory
 from tests.conftest import network
 
 torch.set_grad_enabled(False)
-receiver, width, images, groups, precision = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-batch = sys.argv[6:] == ["batch"]
+receiver, width, images, groups, precision, kind = sys.argv[1], *map(int, sys.argv[2:5]), *sys.argv[5:]
+loss, batch = "match" if kind == "match" else "task", kind == "batch"
 dtype, cpu = getattr(torch, precision), torch.device("cpu")
 sender = FrozenNetwork(network("R1111", width=width).float(), dtype=dtype, device=cpu)
 kind = BatchStatisticsNetwork if batch else FrozenNetwork
@@ -63,21 +64,36 @@ unit = Unit(sender="R1111", receiver=receiver, setting="T2T", loss="task", seed=
 cells = [Cell(unit, i, j) for j in range(len(frozen.positions)) for i in range(5)]
 recipe = TrainingRecipe(name="small", epochs=1, batch_size=images, lr=0.01, momentum=0.9, weight_decay=0.01)
 order = ImageOrder(seed=0)
+if loss == "match":
+    wanted = frozen.representations(torch.randn(2 * images, 3, 32, 32))
+    expected = ResidentSource.from_tensors(wanted, wanted, labels, labels)
+
+def train(cells):
+    if loss == "match":
+        regress_group(frozen, source, expected, cells, recipe, order)
+    else:
+        train_group(frozen, source, cells, recipe, order)
 
 def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-train_group(frozen, source, cells[-2:], recipe, order)
+train(cells[-2:])
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
 before = status("VmRSS")
 with open("/proc/self/clear_refs", "w") as file:
     file.write("5")
-train_group(frozen, source, cells[::groups], recipe, order)
+train(cells[::groups])
 print(status("VmHWM") - before, group_memory(
     [(cell.i, cell.j) for cell in cells[::groups]], source.shapes, [p.shape for p in frozen.positions],
-    StepKind(images=images, itemsize=dtype.itemsize, device="cpu", batch_statistics=batch),
+    StepKind(
+        images=images,
+        itemsize=dtype.itemsize,
+        device="cpu",
+        batch_statistics=batch,
+        regresses=loss == "match",
+    ),
 ))
 """
 
@@ -86,12 +102,14 @@ print(status("VmHWM") - before, group_memory(
 @pytest.mark.parametrize(
     "case",
     [
-        "R1111 16 192 1 bfloat16",
-        "R1122 16 192 2 float32",
-        "R2222 16 128 1 bfloat16",
-        "R1111 48 96 2 float32",
+        "R1111 16 192 1 bfloat16 task",
+        "R1122 16 192 2 float32 task",
+        "R2222 16 128 1 bfloat16 task",
+        "R1111 48 96 2 float32 task",
         "R1111 16 192 1 bfloat16 batch",
         "R1122 16 96 2 float32 batch",
+        "R1111 16 192 1 bfloat16 match",
+        "R1122 16 192 2 float32 match",
     ],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case: str) -> None:

@@ -24,6 +24,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def values(self, shape: Shape, place: int) -> Tensor:
+        """The representations (B, H, W, C) at one position: the ``place``-th of those of this shape."""
+        return self.operand(shape, 1, "torch")[0][place]
+
     def operand(self, shape: Shape, down: int, kernel: str) -> tuple[Tensor, Tensor | None, int]:
         """What to hand to the operator as x, index and down.
 

@@ -35,7 +35,7 @@ class Stack:
 
 
 class StitchBank:
-    """All stitches of a group: fp32 (or fp64) masters, their gradients, and a copy in the compute dtype.
+    """All stitches of a group: fp32 (or fp64) masters, their gradients, and a copy in the compute dtype, ``dtype``.
 
     ``kernel`` names the implementation of the stitch operator. ``cells`` (read it after construction) is the order of
     the receiver's batch: by receiver position, within one position by geometry. ``parameters`` is the flat master
@@ -53,6 +53,7 @@ class StitchBank:
         kernel: str = "torch",
     ) -> None:
         self.kernel = kernel
+        self.dtype = dtype
         self._apply, self._differentiate = stitch_functions(kernel)
         layout = _layout(cells, sender, receiver)
         sizes = [len(group) * geometry.parameters for _, geometry, group in layout]

@@ -1,7 +1,8 @@
 """Train and evaluate all cells of a group as one batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.preconditioner import Preconditioner
 from fastsitch.stitching.schedule import stitch_schedule
+
+Drawn = TypeVar("Drawn")
 
 DONE, DIVERGED = 1, 2
 """Status of a trained cell, as exported (0 is: not run)."""
@@ -85,7 +88,7 @@ def train_group(
     batch statistics per stitch in training, and the stitch's own running statistics on the test set. Raises
     ConfigError when there are fewer training images than one batch.
     """
-    bank = _bank(receiver, source, cells, kernel)
+    bank = stitch_bank(receiver, source, cells, kernel)
     if init is not None:
         _load(bank, init)
     preconditioner = None
@@ -95,7 +98,7 @@ def train_group(
     own = receiver.for_stitches(bank.counts)
     train_loss = _train(own, source.train, bank, recipe, order, preconditioner, report)
     # twice the training batch without what training keeps for gradients: never the larger of the two in memory
-    return _results(own, source, bank, train_loss, init or {}, 2 * recipe.batch_size)
+    return group_results(own, source, bank, train_loss, init or {}, images=2 * recipe.batch_size)
 
 
 def evaluate_matched(
@@ -110,10 +113,11 @@ def evaluate_matched(
 
     ``train_loss`` is their matched error.
     """
-    bank = _bank(receiver, source, list(matched), kernel)
+    bank = stitch_bank(receiver, source, list(matched), kernel)
     _load(bank, matched)
     errors = torch.tensor([matched[cell].error for cell in bank.cells], dtype=torch.float64, device=receiver.device)
-    return _results(receiver.for_stitches(bank.counts), source, bank, errors, matched, images)
+    own = receiver.for_stitches(bank.counts)
+    return group_results(own, source, bank, errors, matched, images=images)
 
 
 def evaluate_with_statistics(
@@ -137,7 +141,7 @@ def evaluate_with_statistics(
         raise ConfigError(
             f"no running statistics for cell ({missing[0].i}, {missing[0].j}): expected those of every cell"
         )
-    bank = _bank(receiver, source, list(stitches), kernel)
+    bank = stitch_bank(receiver, source, list(stitches), kernel)
     bank.load(stitches)
     own = receiver.for_stitches(bank.counts)
     for k, cell in enumerate(bank.cells):
@@ -147,7 +151,8 @@ def evaluate_with_statistics(
     return dict(zip(bank.cells, values, strict=True))
 
 
-def _bank(receiver: Receiver, source: Source, cells: Sequence[Cell], kernel: str) -> StitchBank:
+def stitch_bank(receiver: Receiver, source: Source, cells: Sequence[Cell], kernel: str) -> StitchBank:
+    """The stitches of a group at their initial values, in the receiver's dtype."""
     return StitchBank(
         cells,
         source.shapes,
@@ -162,12 +167,13 @@ def _load(bank: StitchBank, matched: Mapping[Cell, Matched]) -> None:
     bank.load({cell: (stitch.weight_FD, stitch.bias_D) for cell, stitch in matched.items()})
 
 
-def _results(
+def group_results(
     receiver: FrozenReceiver,
     source: Source,
     bank: StitchBank,
     train_loss: Tensor,
     matched: Mapping[Cell, Matched],
+    *,
     images: int,
 ) -> dict[Cell, CellResult]:
     """Evaluate the bank's stitches on the whole test set, so many images at a time."""
@@ -198,25 +204,48 @@ def _train(
     report: Callable[[StepReport], None] | None,
 ) -> Tensor:
     """Train in place; return the mean loss of each cell over the last epoch (K,), on the device."""
-    steps_per_epoch = len(split) // recipe.batch_size
+    cascade = Cascade(receiver, bank.counts, recipe.batch_size)
+    return train_epochs(
+        bank,
+        recipe,
+        len(split),
+        lambda epoch: split.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment),
+        lambda batch, optimizer: train_step(cascade, bank, batch, optimizer, preconditioner),
+        report,
+    )
+
+
+def train_epochs(
+    bank: StitchBank,
+    recipe: TrainingRecipe,
+    images: int,
+    batches: Callable[[int], Iterable[Drawn]],
+    step: Callable[[Drawn, torch.optim.Optimizer], Tensor],
+    report: Callable[[StepReport], None] | None,
+) -> Tensor:
+    """Train a bank in place on so many images, whatever the loss; return its mean over the last epoch (K,).
+
+    ``batches(epoch)`` draws an epoch, ``step`` updates the bank on what was drawn and returns the losses (K,). Raises
+    ConfigError when there are fewer images than one batch.
+    """
+    steps_per_epoch = images // recipe.batch_size
     if steps_per_epoch == 0:
         raise ConfigError(
-            f"{len(split)} training images are fewer than one batch of {recipe.batch_size} images: "
-            f"use --batch-size {len(split)} or less"
+            f"{images} training images are fewer than one batch of {recipe.batch_size} images: "
+            f"use --batch-size {images} or less"
         )
     schedule = stitch_schedule(recipe.name, peak=recipe.lr, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)
     optimizer = stitch_optimizer(bank, recipe)
-    cascade = Cascade(receiver, bank.counts, recipe.batch_size)
-    loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=receiver.device)
-    step = 0
+    loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=bank.parameters.device)
+    done = 0
     for epoch in range(recipe.epochs):
         loss_sum.zero_()
-        for batch in split.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment):
-            optimizer.param_groups[0]["lr"] = schedule.rate(step)
-            loss_sum += train_step(cascade, bank, batch, optimizer, preconditioner)
-            step += 1
+        for drawn in batches(epoch):
+            optimizer.param_groups[0]["lr"] = schedule.rate(done)
+            loss_sum += step(drawn, optimizer)
+            done += 1
             if report is not None:
-                report(StepReport(len(bank.cells), step, schedule.steps, step * recipe.batch_size * len(bank.cells)))
+                report(StepReport(len(bank.cells), done, schedule.steps, done * recipe.batch_size * len(bank.cells)))
     bank.refresh()
     return loss_sum / steps_per_epoch
 

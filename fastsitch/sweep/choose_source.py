@@ -26,7 +26,8 @@ class SourceCosts:
     """What the sources of a sweep take, in bytes."""
 
     memory: Mapping[str, int]
-    """By source: what the sender that needs most of it holds in the device's memory."""
+    """By source: what the sender that needs most of it holds in the device's memory, beside it the receiver's
+    representations where stitches are trained on them."""
     missing: int
     """Disk for the stores that do not exist yet, beyond what interrupted attempts at them take already."""
 
@@ -63,9 +64,10 @@ def source_costs(
 ) -> SourceCosts:
     """Costs for so many training and test images of so many bytes each, in a compute dtype of ``itemsize`` bytes."""
     units = plan_units(config)
-    senders = {planned.sender for planned in units}
-    stored = senders | {planned.receiver for planned in units if config.matches}
-    largest = max(elements(shapes[name]) for name in senders)
+    stored = {planned.sender for planned in units} | {planned.receiver for planned in units if config.matches}
+    # matching by training draws from two networks at a time
+    drawn = [[planned.sender, planned.receiver] if config.regresses else [planned.sender] for planned in units]
+    largest = max(sum(elements(shapes[name]) for name in names) for names in drawn)
     batch = config.recipe.batch_size
     # training draws single batches, evaluation pairs of them
     train = stream_capacity(images[0], batch, block=config.block, window=config.window)
@@ -76,7 +78,7 @@ def source_costs(
             "resident": largest * sum(images) * itemsize,
             "streamed": largest * ((train + test) * itemsize + ahead),
             # once as the sender gives it, once stacked by shape
-            "live": pixels * sum(images) + 2 * largest * 2 * batch * itemsize,
+            "live": len(drawn[0]) * pixels * sum(images) + 2 * largest * 2 * batch * itemsize,
         },
         missing=sum(
             max(0, elements(shapes[name]) * sum(images) * STORED_ITEMSIZE - leftover_bytes(path))

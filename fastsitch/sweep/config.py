@@ -22,6 +22,12 @@ SETTINGS = ("T2T", "T2R", "R2T", "R2R")
 LOSSES = ("task", "match")
 """The task's cross-entropy (vanilla stitches), or the squared error to the expected representation (matched ones)."""
 
+SOLVERS = ("exact", "sgd")
+"""How matched stitches are found: from sufficient statistics without training, or by training, the published way."""
+
+MATCH_EPOCHS = 30
+"""Of matching by training, where none are asked for. Source: Hernandez et al. 2022."""
+
 INITS = ("default", "matched")
 """A PyTorch convolution's own initialisation, or the matched stitch."""
 
@@ -59,7 +65,7 @@ class SweepConfig:
     settings: tuple[str, ...] = ("T2T",)
     loss: str = "task"
     solver: str = "exact"
-    """How matched stitches are found; ``exact`` from sufficient statistics, without training."""
+    """How matched stitches are found."""
     init: str = "default"
     """Where vanilla stitches start."""
     receiver_bn: str = "frozen"
@@ -91,10 +97,10 @@ class SweepConfig:
         _expect("--settings", self.settings, SETTINGS)
         if self.loss not in LOSSES:
             raise ConfigError(f"--loss {self.loss}: expected one of {', '.join(LOSSES)}")
-        if self.solver == "sgd":
-            raise ConfigError("--solver sgd: matching by training belongs to a later version; use --solver exact")
-        if self.solver != "exact":
-            raise ConfigError(f"--solver {self.solver}: expected exact")
+        if self.solver not in SOLVERS:
+            raise ConfigError(f"--solver {self.solver}: expected one of {', '.join(SOLVERS)}")
+        if self.solver == "sgd" and self.loss != "match":
+            raise ConfigError("--solver sgd: trains matched stitches; add --loss match, or leave it out")
         if self.init not in INITS:
             raise ConfigError(f"--init {self.init}: expected one of {', '.join(INITS)}")
         if self.loss == "match" and self.init == "matched":
@@ -155,12 +161,27 @@ class SweepConfig:
     @property
     def augments(self) -> bool:
         """Whether stitches are trained on new random views of the images in every epoch."""
-        return self.recipe.augment and self.loss == "task"
+        return self.recipe.augment and self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether stitches are trained, on whichever loss."""
+        return self.loss == "task" or self.regresses
 
     @property
     def matches(self) -> bool:
-        """Whether matched stitches are computed, as results or as a start."""
+        """Whether matched stitches are computed, as results or as a start: receivers' representations are needed."""
         return self.loss == "match" or self.init == "matched"
+
+    @property
+    def solves(self) -> bool:
+        """Whether matched stitches are computed exactly, from sufficient statistics."""
+        return self.matches and self.solver == "exact"
+
+    @property
+    def regresses(self) -> bool:
+        """Whether matched stitches are trained: on the squared error to the expected representation."""
+        return self.loss == "match" and self.solver == "sgd"
 
     @property
     def preconditions(self) -> bool:
@@ -190,12 +211,15 @@ def sweep_config(
 ) -> SweepConfig:
     """A checked configuration from a recipe's name and what differs from it; raises ConfigError.
 
-    The default recipe is ``small`` for the embedded data set and ``paper`` for all others. Names are brought into
-    their shortest form (``R1111@0`` is ``R1111``), repeated ones count once; a text is a list separated by commas.
+    The default recipe is ``small`` for the embedded data set and ``paper`` for all others; matching by training takes
+    30 epochs of it. Names are brought into their shortest form (``R1111@0`` is ``R1111``), repeated ones count once; a
+    text is a list separated by commas.
     """
     name = recipe or ("small" if dataset.partition(":")[0] == DEFAULT_DATASET else "paper")
     if name not in STITCH_RECIPES:
         raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
+    if epochs is None and others.get("solver") == "sgd":
+        epochs = MATCH_EPOCHS
     if lr is None and optimizer is not None:
         lr = OPTIMIZERS.get(optimizer)
     changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "batch_size": batch_size}

@@ -42,7 +42,8 @@ class UnitEstimate:
     groups: int
     flops: float
     exact_flops: float
-    """Of matching, in fp64; what several units share is counted in the first."""
+    """Of matching exactly, or of measuring the error after training, in fp64; what several units share is counted in
+    the first."""
     results: int
     """Bytes of the stitches, and of their running statistics where they have any."""
 
@@ -93,7 +94,7 @@ def estimate_sweep(
     precision = resolve_precision(config.precision, torch_device)
     dtype = DTYPES[precision]
     data = data_size(root, config.dataset)
-    if data.train < config.recipe.batch_size:
+    if config.trains and data.train < config.recipe.batch_size:
         raise ConfigError(
             f"{data.train} training images are fewer than one batch of {config.recipe.batch_size} images: "
             f"use --batch-size {data.train} or less"
@@ -123,7 +124,13 @@ def estimate_sweep(
     resolved = resolve(root.path, config, shapes, source, torch_device, memory=memory, budget=budget)
     group_size = resolved.group_size
     kind = StepKind.of(
-        torch_device, precision, resolved.kernel, resolved.compile, config.recipe.batch_size, config.receiver_bn
+        torch_device,
+        precision,
+        resolved.kernel,
+        resolved.compile,
+        config.recipe.batch_size,
+        config.receiver_bn,
+        regresses=config.regresses,
     )
     estimates: list[UnitEstimate] = []
     step_memory = 0
@@ -133,18 +140,23 @@ def estimate_sweep(
         groups = split_groups(unit_cells(planned.unit, len(sender), len(receiver)), group_size)
         cells = [(cell.i, cell.j) for cell in groups[0]]
         held = 0
-        if config.matches:
+        if config.solves:
             held = matching_memory(sender, receiver, preconditioned=config.preconditions)
         step_memory = max(step_memory, group_memory(cells, sender, receiver, kind) + held)
         exact = 0.0
-        if config.matches:
+        if config.regresses:
+            exact = _direct_flops(sender, receiver, data.train)
+        if config.solves:
             shared = [(planned.sender,), (planned.sender, planned.receiver)]
             parts = zip(shared, _matching_flops(sender, receiver, data.train), strict=True)
             exact = sum(flops for key, flops in parts if key not in counted)
             counted.update(shared)
         unit = _unit(planned, sender, receiver, len(groups), config, data, exact)
         if source.name == "live":
-            live = len(groups) * (_trained_images(config, data) + data.test) * forward_flops(planned.sender, sender)
+            trained = _trained_images(config, data)
+            live = len(groups) * (trained + data.test) * forward_flops(planned.sender, sender)
+            if config.regresses:
+                live += len(groups) * trained * forward_flops(planned.receiver, receiver)
             unit = replace(unit, flops=unit.flops + live)
         estimates.append(unit)
     return SweepEstimate(
@@ -187,7 +199,9 @@ def _unit(
             parameters += geometry.parameters
             stitch = 2 * geometry.rows * geometry.features * target[0]
             # forward and activation gradient of the receiver; forward and weight gradient of the stitch
-            flops += (trained * 2 + data.test) * (behind + stitch)
+            flops += (trained * 2 + data.test) * stitch + (
+                (0 if config.regresses else trained * 2) + data.test
+            ) * behind
             if config.preconditions:
                 flops += trained / config.recipe.batch_size * 2.0 * geometry.features**2 * target[0]
     results = 4 * parameters
@@ -199,7 +213,7 @@ def _unit(
 def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
     """Images that a cell is trained on, over all epochs."""
     epoch_images = data.train // config.recipe.batch_size * config.recipe.batch_size
-    return config.recipe.epochs * epoch_images if config.loss == "task" else 0
+    return config.recipe.epochs * epoch_images if config.trains else 0
 
 
 def forward_flops(name: NetworkName, shapes: list[Shape]) -> float:
@@ -219,6 +233,12 @@ def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int) -> 
             own[i, geometry.down] = rows * geometry.features**2
             pair += 2 * rows * geometry.features * target[0]
     return sum(own.values()), pair
+
+
+def _direct_flops(sender: list[Shape], receiver: list[Shape], images: int) -> float:
+    """FLOPs of comparing all stitches of a pair with the expected representation."""
+    geometries = [Geometry.between(origin, target) for origin in sender for target in receiver]
+    return sum(2.0 * images * own.rows * own.features * own.receiver[0] for own in geometries)
 
 
 def _block_flops(blocks: tuple[int, ...], shapes: list[Shape]) -> list[float]:

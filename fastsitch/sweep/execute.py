@@ -3,13 +3,14 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
 from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.activations.precompute import open_fitting, store_identity
 from fastsitch.activations.source import Source
 from fastsitch.advice import command
@@ -31,9 +32,11 @@ from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import evaluate_network
 from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.engine import CellResult, StepReport, evaluate_matched, train_group
+from fastsitch.stitching.direct import direct_errors
+from fastsitch.stitching.engine import DONE, CellResult, StepReport, evaluate_matched, train_group
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.stitching.matching import Matched
+from fastsitch.stitching.regression import regress_group
 from fastsitch.sweep.config import SweepConfig, checked_run_name
 from fastsitch.sweep.groups import train_in_groups
 from fastsitch.sweep.matched import MatchedStitches
@@ -41,7 +44,7 @@ from fastsitch.sweep.memory import memory_budget
 from fastsitch.sweep.plan import PlannedUnit, plan_units, unit_cells
 from fastsitch.sweep.resolve import resolve
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
-from fastsitch.sweep.senders import Representations
+from fastsitch.sweep.senders import ExpectedSources, Origin, Representations
 from fastsitch.sweep.source_rates import choose_measured
 
 log = logging.getLogger(__name__)
@@ -83,7 +86,7 @@ def run_sweep(
     memory_budget(memory, available_memory(torch_device), torch_device.type)
     configure(torch_device)
     dataset = load_dataset(config.dataset, root.data_dir)
-    if config.loss == "task" and len(dataset.train) < config.recipe.batch_size:
+    if config.trains and len(dataset.train) < config.recipe.batch_size:
         raise ConfigError(
             f"{len(dataset.train)} training images are fewer than one batch of {config.recipe.batch_size} images: "
             f"use --batch-size {len(dataset.train)} or less"
@@ -161,12 +164,15 @@ class _Execution:
         source, ordered, origin = self.representations.sender(name)
         origin.require_same(self.run, "store_hash", self._done(lambda planned: planned.sender == name))
         stitches = MatchedStitches(ordered)
+        receivers = ExpectedSources(self.representations, name, source, ordered, origin)
         for planned in units:
-            if self.run.config.matches:
+            if self.run.config.regresses:
+                results, expected_origin = self._regress(planned, source, ordered, receivers)
+                self.run.save(planned.unit, results, origin.identity.hash, expected_origin.identity.hash)
+            elif self.run.config.matches:
                 receiver = planned.receiver
                 expected, expected_origin = self.representations.expected(receiver)
-                done = self._done(lambda planned, receiver=receiver: planned.receiver == receiver)  # type: ignore[misc]
-                expected_origin.require_same(self.run, "receiver_store_hash", done)
+                self._require_same_receiver(expected_origin, receiver)
                 matched = stitches.of(planned, expected, lambda part, p=planned: self._tell(part, p))  # type: ignore[misc]
                 results = self._train(planned, source, matched)
                 self.run.save(planned.unit, results, origin.identity.hash, expected_origin.identity.hash)
@@ -176,14 +182,39 @@ class _Execution:
             self.finished += len(results)
             self._tell(0.0, planned)
 
+    def _regress(
+        self, planned: PlannedUnit, source: Source, ordered: OrderedSplit, receivers: ExpectedSources
+    ) -> tuple[dict[Cell, CellResult], Origin]:
+        """Train a unit's matched stitches and measure their errors over the training images."""
+        expected, expected_ordered, origin = receivers.of(planned.receiver)
+        self._require_same_receiver(origin, planned.receiver)
+        results = self._train(planned, source, None, expected)
+        stitches = {(cell.i, cell.j): [(own.weight_FD, own.bias_D)] for cell, own in results.items()}
+        error = direct_errors(ordered, expected_ordered, stitches).error[0]
+        return {
+            cell: replace(own, matched_error=error[cell.i, cell.j].item() if own.status == DONE else float("nan"))
+            for cell, own in results.items()
+        }, origin
+
+    def _require_same_receiver(self, origin: Origin, receiver: NetworkName) -> None:
+        done = self._done(lambda planned: planned.receiver == receiver)
+        origin.require_same(self.run, "receiver_store_hash", done)
+
     def _done(self, of: Callable[[PlannedUnit], bool]) -> list[PlannedUnit]:
         """The units of some kind that were finished when this execution began."""
         return [planned for planned in self.run.units if planned not in self.missing and of(planned)]
 
     def _train(
-        self, planned: PlannedUnit, source: Source, matched: dict[Cell, Matched] | None
+        self,
+        planned: PlannedUnit,
+        source: Source,
+        matched: dict[Cell, Matched] | None,
+        expected: Source | None = None,
     ) -> dict[Cell, CellResult]:
-        """Train and evaluate a unit; with the matching loss there is nothing left to train."""
+        """Train and evaluate a unit, on the ``expected`` representations where they are given.
+
+        With the matching loss and its exact solutions, ``matched``, there is nothing left to train.
+        """
         config, resolved = self.run.config, self.run.resolved
         receiver = self.networks.receiver(planned.receiver, resolved, config.receiver_bn)
         cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
@@ -192,7 +223,12 @@ class _Execution:
 
         def train(group: list[Cell]) -> dict[Cell, CellResult]:
             nonlocal done
-            if config.loss == "match":
+            if expected is not None:
+                assert isinstance(receiver, FrozenNetwork), "batch statistics are for the task loss"
+                results = regress_group(
+                    receiver, source, expected, group, config.recipe, order, kernel=resolved.kernel, report=tell
+                )
+            elif config.loss == "match":
                 assert matched is not None
                 own = {cell: matched[cell] for cell in group}
                 images = 2 * config.recipe.batch_size

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastsitch.files import output_folder, write_json, write_npz
 from fastsitch.stitching.cells import Unit
 from fastsitch.stitching.matching import RIDGE
+from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.results import Run
 
 
@@ -61,13 +62,17 @@ def _sidecar(run: Run, sender: str, receiver: str, setting: str) -> dict[str, An
         "loss": config.loss,
         "init": config.init,
         "receiver_bn": config.receiver_bn,
-        **({"matching": {"solver": config.solver, "ridge": RIDGE}} if config.matches else {}),
+        **({"matching": _matching(config)} if config.matches else {}),
         "seeds": list(config.seeds),
         "recipe": asdict(config.recipe),
         "order": {"block": config.block, "window": config.window},
         "resolved": asdict(run.resolved),
         "versions": run.versions,
     }
+
+
+def _matching(config: SweepConfig) -> dict[str, Any]:
+    return {"solver": config.solver, **({"ridge": RIDGE} if config.solves else {})}
 
 
 def _network(network: Any) -> dict[str, Any]:

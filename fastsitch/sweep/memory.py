@@ -39,6 +39,8 @@ class StepKind:
     """Whether the stitches' inputs are copied into a mini-batch (the torch path) or read where they are."""
     batch_statistics: bool = False
     """Whether the receiver's BatchNorm is not folded and keeps its inputs, in micro-batches of whole stitches."""
+    regresses: bool = False
+    """Whether stitches are trained on the expected representation: then the receiver only evaluates them."""
 
     @classmethod
     def of(
@@ -49,6 +51,8 @@ class StepKind:
         compile: str,
         images: int,
         receiver_bn: str = "frozen",
+        *,
+        regresses: bool = False,
     ) -> "StepKind":
         """That of a resolved configuration."""
         batch = receiver_bn == "batch"
@@ -60,6 +64,7 @@ class StepKind:
             micro_batch=micro_batch(device) if compile == "on" else 1,
             gathers=kernel == "torch",
             batch_statistics=batch,
+            regresses=regresses,
         )
 
 
@@ -69,7 +74,8 @@ def group_memory(
     """Predicted peak bytes of training the cells (i, j) together, beyond the sender's representations.
 
     A model: buffers of the receiver's batch, what its blocks keep, the mini-batch, parameters, and the largest
-    temporaries. Evaluation runs two batches at a time and keeps nothing, which is always less.
+    temporaries. Evaluation runs two batches at a time and keeps nothing, which is always less. Where the receiver only
+    evaluates, one batch at a time, training holds the outputs of one position after the other.
     """
     counts = [sum(j == own for _, own in cells) for j in range(len(receiver))]
     ends = list(accumulate(counts))
@@ -77,7 +83,14 @@ def group_memory(
     room = [-(-end * kind.images // kind.micro_batch) * kind.micro_batch for end in ends]
     buffers = [samples * size * kind.itemsize for samples, size in zip(room, sizes, strict=True)]
     carried = [0, *(end * kind.images for end in ends[:-1])]
-    if kind.masked:
+    if kind.regresses:
+        outputs = max(count * size for count, size in zip(counts, sizes, strict=True)) * kind.images
+        # a sum of squares in fp32 copies what has another dtype
+        summed = 4 if kind.itemsize < 4 else 0
+        kept = max(max(buffers[::2]) + max(buffers[1::2], default=0), outputs * (kind.itemsize + summed))
+        # the expected representations of a mini-batch
+        kept += sum(sizes) * kind.images * kind.itemsize
+    elif kind.masked:
         whole = [-(-samples // kind.micro_batch) * kind.micro_batch for samples in carried]
         kept = max(buffers[::2]) + max(buffers[1::2], default=0)
         kept += sum(2 * samples * mask_bytes(size) for samples, size in zip(whole, sizes, strict=True))
@@ -191,6 +204,9 @@ def _temporaries(before: int, after: int, samples: int, kind: StepKind) -> int:
         stitches = max(1, CHUNK_BYTES[kind.device] // (largest * kind.images))
         return min(samples, stitches * kind.images) * (before + 2 * after) * kind.itemsize
     fixed = kind.micro_batch if kind.micro_batch > 1 else min(samples, max(8, CHUNK_BYTES[kind.device] // largest))
+    if kind.regresses:
+        # evaluation alone: the inner activation, and the convolution that is added to the shortcut where it is a step
+        return fixed * (1 if kind.device == "cpu" else 2) * after * kind.itemsize
     return fixed * (before + 2 * after) * kind.itemsize
 
 

@@ -43,10 +43,19 @@ def resolve(
     kernel = resolve_kernel(config.kernel, device)
     compile = _resolve_compile(config, tuning, device)
     if config.group_size == "auto" or memory != "auto":
-        kind = StepKind.of(device, precision, kernel, compile, config.recipe.batch_size, config.receiver_bn)
+        kind = StepKind.of(
+            device,
+            precision,
+            kernel,
+            compile,
+            config.recipe.batch_size,
+            config.receiver_bn,
+            regresses=config.regresses,
+        )
         fits = _largest_group(config, shapes, kind, budget - source.memory, named=memory != "auto")
     if config.group_size == "auto":
-        group_size = tuned_group_size(tuning, fits)
+        # what was measured are steps through the receiver
+        group_size = fits if config.regresses else tuned_group_size(tuning, fits)
     else:
         group_size = int(config.group_size)
         largest = max(len(shapes[planned.sender]) * len(shapes[planned.receiver]) for planned in plan_units(config))
@@ -75,7 +84,7 @@ def _resolve_compile(config: SweepConfig, tuning: Tuning | None, device: torch.d
 
 def _largest_group(config: SweepConfig, shapes: Shapes, kind: StepKind, room: int, *, named: bool) -> int:
     pairs = [(shapes[planned.sender], shapes[planned.receiver]) for planned in plan_units(config)]
-    if config.matches:
+    if config.solves:
         room -= max(
             matching_memory(sender, receiver, preconditioned=config.preconditions) for sender, receiver in pairs
         )

@@ -118,5 +118,35 @@ class Representations:
         return ensure_store(path, self._dataset, self._load(name), device=self._device, content_only=True)[0]
 
 
+class ExpectedSources:
+    """The sources of the receivers that one sender is matched to by training, one at a time.
+
+    For a network matched to itself that of the sender serves twice.
+    """
+
+    def __init__(
+        self,
+        representations: Representations,
+        sender: NetworkName,
+        source: Source,
+        ordered: OrderedSplit,
+        origin: Origin,
+    ) -> None:
+        self._representations = representations
+        self._sender = sender, (source, ordered, origin)
+        self._held: tuple[NetworkName, tuple[Source, OrderedSplit, Origin]] | None = None
+
+    def of(self, receiver: NetworkName) -> tuple[Source, OrderedSplit, Origin]:
+        """A receiver's source, its training images in order; that of the receiver before is let go first."""
+        name, own = self._sender
+        if receiver == name:
+            self._held = None
+            return own
+        if self._held is None or self._held[0] != receiver:
+            self._held = None
+            self._held = receiver, self._representations.sender(receiver)
+        return self._held[1]
+
+
 def _origin(store: ActivationStore) -> Origin:
     return Origin(store.identity, str(store.path))
