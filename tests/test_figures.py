@@ -168,11 +168,12 @@ def test_other_metrics(metric: str, limits: tuple[float, float] | None, run: Run
 
 def test_numbers_are_short() -> None:
     loss = STYLES["loss"].text
-    assert [loss(value) for value in (0.5, 12.345, 123.4, 1.2e7, 0.0004, 0.0)] == [
+    assert [loss(value) for value in (0.5, 12.345, 123.4, 1.2e7, 0.0097, 0.0004, 0.0)] == [
         "0.50",
         "12.35",
         "123",
         "1e7",
+        "0.01",
         "4e-4",
         "0.00",
     ]

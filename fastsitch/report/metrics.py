@@ -31,7 +31,7 @@ class Style:
 
     def text(self, value: float) -> str:
         """A value in at most five characters."""
-        if self.limits is not None or 0.01 <= abs(value) < 100 or value == 0:
+        if self.limits is not None or 0.0095 <= abs(value) < 100 or value == 0:
             # + 0.0 makes 0.00 of -0.00
             return f"{round(value, 2) + 0.0:.2f}"
         if 100 <= abs(value) < 1e4:
