@@ -17,6 +17,9 @@ from fastsitch.sweep.input_stitches import VARIANTS
 
 DPI = 160
 
+GAP = 222
+"""Grey between tiles, so that a white tile still has edges."""
+
 _TILE = 128
 """Dots that an image takes at least on either side."""
 
@@ -32,12 +35,12 @@ _HOW = {"vanilla": "trained on the task loss", "matched": "of least squared erro
 def image_grid(generated: NDArray[np.float32], actual: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Pixels (height, width, 3) of a grid: row s shows, for each of n images, what position s generates and the image.
 
-    ``generated`` (S, n, H, W, 3) and ``actual`` (n, H, W, 3) are in [0, 1]; what is not finite becomes grey. White
-    gaps: see :func:`tile_corners`.
+    ``generated`` (S, n, H, W, 3) and ``actual`` (n, H, W, 3) are in [0, 1]; what is not finite becomes grey. For the
+    gaps see :func:`tile_corners`.
     """
     positions, images, height, width, channels = generated.shape
     rows, columns = tile_corners(positions, images, (height, width))
-    grid = np.full((rows[-1] + height, columns[-1][1] + width, channels), 255, np.uint8)
+    grid = np.full((rows[-1] + height, columns[-1][1] + width, channels), GAP, np.uint8)
     for s, top in enumerate(rows):
         for k, pair in enumerate(columns):
             for left, image in zip(pair, (generated[s, k], actual[k]), strict=True):
