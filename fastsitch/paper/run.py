@@ -152,7 +152,14 @@ class Paper:
 
     def _compare(self) -> None:
         runs = self._finished()
-        texts = [comparison_text(compare_run(run)) for run in (*runs.vanilla, *runs.matched)]
+        texts = []
+        for run in (*runs.vanilla, *runs.matched):
+            try:
+                texts.append(comparison_text(compare_run(run)))
+            except RunError as error:
+                # of some pairs nothing was published in digits
+                log.info("%s", error)
+                texts.append(str(error))
         self.files.append(write_text(self.out / "comparison.txt", "\n\n".join(texts) + "\n"))
 
     def _finished(self) -> StudyRuns:
