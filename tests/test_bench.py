@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastsitch.activations.batch import Batch
 from fastsitch.benchmark import check, flops
@@ -142,20 +142,12 @@ def test_counted_flops_against_hand_computed_ones() -> None:
     assert study.stitches / study.total == pytest.approx(0.035, abs=0.01)
 
 
-def fused_flops(
-    other: list[int], x: list[int], weight: list[int], *_: object, out_shape: list[int], **__: object
-) -> int:
-    """Of a convolution that adds and rectifies on the way, from shapes; those two are not counted."""
-    return conv_flop_count(x, weight, out_shape)
-
-
 def test_flops_are_those_that_are_really_done() -> None:
     problem = small_problem(torch.float32)
     shapes = [position.shape for position in problem.frozen.positions]
     expected = flops.training_flops(shapes, shapes, [(cell.i, cell.j) for cell in problem.cells])
     engine = Engine(problem, problem.cells)
-    fused = {torch.ops.mkldnn._convolution_pointwise_: fused_flops}
-    with FlopCounterMode(display=False, custom_mapping=fused) as counter:
+    with FlopCounterMode(display=False) as counter:
         engine.run(problem.batches(1))
     counts = counter.get_flop_counts()["Global"]
     convolutions = sum(count for operator, count in counts.items() if "convolution" in str(operator))

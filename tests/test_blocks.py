@@ -7,7 +7,7 @@ from torch import Tensor
 from fastsitch.activations.order import ImageOrder
 from fastsitch.data import Dataset
 from fastsitch.identity import torch_generator
-from fastsitch.networks import blocks, folded
+from fastsitch.networks import blocks
 from fastsitch.networks.blocks import BlockWeights, FrozenBlock, MaskedBlock
 from fastsitch.networks.folded import convolve, input_gradient
 from fastsitch.networks.frozen import FrozenNetwork
@@ -138,24 +138,3 @@ def test_weights_are_folded_once_and_shared(fashion: Dataset) -> None:
     assert weights.rows.shape == (8, 8)
     assert torch.equal(weights.rows[:, :4], weights.projection[:, :, 0, 0])
     assert not weights.rows[:, 4:].any()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("channels", "height", "width"), [(16, 8, 8), (5, 7, 3), (64, 4, 4)])
-def test_adding_and_rectifying_inside_the_convolution_rounds_no_more_than_three_steps(
-    dtype: torch.dtype, channels: int, height: int, width: int
-) -> None:
-    assert folded._fuses(torch.empty(0, dtype=dtype))
-    assert not folded._fuses(torch.empty(0, dtype=torch.float64))
-    x, shortcut = (random_maps(11, channels, height + k, width)[:, :, :height].to(dtype) for k in range(2))
-    weight = random_maps(channels, channels, 3, 3).to(dtype) / (3 * channels**0.5)
-    bias = random_maps(1, channels, 1, 1).flatten().to(dtype)
-    exact = (convolve(x.double(), weight.double(), bias.double(), 1) + shortcut).clamp_min(0)
-    # what lies behind the samples stays as it is
-    buffer = torch.full((12, height, width, channels), 3.0, dtype=dtype).permute(0, 3, 1, 2)
-    buffer[:11].copy_(shortcut)
-    folded.convolve_add_relu(x, weight, bias, buffer[:11])
-    steps = (convolve(x, weight, bias, 1) + shortcut).clamp_min(0)
-    errors = [(values.double() - exact).square().mean().sqrt() for values in (buffer[:11], steps)]
-    assert 0 < errors[0] <= errors[1]
-    assert (buffer[11] == 3).all()

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.networks.folded import (
+    add_projection,
     add_projection_gradient,
     convolve,
-    convolve_add_relu,
     folded,
     input_gradient,
-    project,
     projection_rows,
 )
 from fastsitch.networks.masks import apply_mask, mask_bytes, pack_mask
@@ -159,11 +158,12 @@ def _infer(w: BlockWeights, x: Tensor, out: Tensor, samples: int) -> None:
 
 def _second_half(w: BlockWeights, hidden: Tensor, x: Tensor, out: Tensor) -> None:
     """From the output of the inner ReLU to that of the block."""
+    y = convolve(hidden, w.w2, w.b2, 1).contiguous(memory_format=torch.channels_last)
     if w.projection is None:
-        out.copy_(x)
+        y += x
     else:
-        project(x, w.projection, w.stride, out)
-    convolve_add_relu(hidden, w.w2, w.b2, out)
+        add_projection(y, x, w.projection, w.stride)
+    torch.clamp_min(y, 0, out=out)
 
 
 def _forward(

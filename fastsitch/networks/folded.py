@@ -35,31 +35,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Ten
     return F.conv2d(x, weight, bias, stride, weight.shape[-1] // 2)
 
 
-def convolve_add_relu(x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
-    """Replace ``out``, channels-last, by relu(convolution of x + out); stride 1.
-
-    On CPUs oneDNN adds and rectifies while it writes, before rounding to the dtype (the operator that torch.compile
-    uses there too); elsewhere, and in fp64, three steps.
-    """
-    if _fuses(out):
-        padding = [weight.shape[-1] // 2] * 2
-        torch.ops.mkldnn._convolution_pointwise_.binary(
-            out, x, weight, bias, padding, [1, 1], [1, 1], 1, "add", 1.0, "relu", [], None
-        )
-    else:
-        out += convolve(x, weight, bias, 1)
-        out.clamp_min_(0)
-
-
-def _fuses(out: Tensor) -> bool:
-    return (
-        out.device.type == "cpu"
-        and out.dtype in (torch.bfloat16, torch.float32)
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_convolution_pointwise_")
-    )
-
-
 def input_gradient(g: Tensor, like: Tensor, weight: Tensor, stride: int) -> Tensor:
     """The gradient for the input of :func:`convolve`; of ``like``, which has that input's shape, no value is read."""
     padding = weight.shape[-1] // 2
@@ -79,10 +54,10 @@ def input_gradient(g: Tensor, like: Tensor, weight: Tensor, stride: int) -> Tens
     return gradient
 
 
-def project(x: Tensor, weight: Tensor, stride: int, out: Tensor) -> None:
-    """Write a 1x1 convolution of x into ``out``, which is contiguous in channels-last memory: one GEMM."""
+def add_projection(y: Tensor, x: Tensor, weight: Tensor, stride: int) -> None:
+    """Add a 1x1 convolution of x to y, which is contiguous in channels-last memory: one GEMM."""
     rows = x.permute(0, 2, 3, 1)[:, ::stride, ::stride].reshape(-1, x.shape[1])
-    torch.mm(rows, weight[:, :, 0, 0].t(), out=out.permute(0, 2, 3, 1).view(-1, out.shape[1]))
+    y.permute(0, 2, 3, 1).view(-1, y.shape[1]).addmm_(rows, weight[:, :, 0, 0].t())
 
 
 def projection_rows(weight: Tensor, stride: int) -> Tensor:

@@ -204,9 +204,6 @@ def _temporaries(before: int, after: int, samples: int, kind: StepKind) -> int:
         stitches = max(1, CHUNK_BYTES[kind.device] // (largest * kind.images))
         return min(samples, stitches * kind.images) * (before + 2 * after) * kind.itemsize
     fixed = kind.micro_batch if kind.micro_batch > 1 else min(samples, max(8, CHUNK_BYTES[kind.device] // largest))
-    if kind.regresses:
-        # evaluation alone: the inner activation, and the convolution that is added to the shortcut where it is a step
-        return fixed * (1 if kind.device == "cpu" else 2) * after * kind.itemsize
     return fixed * (before + 2 * after) * kind.itemsize
 
 
