@@ -1,6 +1,10 @@
 """EV, ES and SV of every cell, as the definition says and however they are computed; saved, resumed, repaired."""
 
 import logging
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +30,7 @@ from fastsitch.stitching.moments import SenderMoments, pair_moments
 from fastsitch.sweep.plan import networks_of
 from fastsitch.sweep.results import Run
 from fastsitch.sweep.senders import Representations
-from tests.conftest import network, save_npz
+from tests.conftest import cli_environment, network, save_npz
 from tests.test_matching import source_of
 
 KINDS = {"equal", "down 2", "down 4", "down 8", "up 2", "up 4", "up 8"}
@@ -259,6 +263,29 @@ def test_what_is_measured_is_kept_and_what_is_damaged_or_stale_is_not(
     fastsitch.measure_errors(run)
     assert np.array_equal(*(fastsitch.read_errors(run, "R1111", "R1112", seed=seed).EV for seed in (0, 1)))
     stitches.write_bytes(kept)
+
+
+def test_a_measurement_survives_a_kill(place: tuple[Path, str]) -> None:
+    root, _ = place
+    options = {"seeds": [0, 1], "root": root, **OPTIONS}
+    whole, killed = (
+        fastsitch.sweep(["R1111"], ["R1112", "R1111"], run=name, **options) for name in ("whole", "killed")
+    )
+    fastsitch.measure_errors(whole)
+    first = killed.path / "errors" / "R1111--R1112.T2T.task.seed0.npz"
+    code = "import sys, fastsitch; fastsitch.measure_errors(fastsitch.open_run('killed', root=sys.argv[1]))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(root)], env=cli_environment())
+    while not first.exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    time_of_first = first.stat().st_mtime_ns
+    assert len(list(first.parent.glob("*.npz"))) < 4
+    fastsitch.measure_errors(killed)
+    assert first.stat().st_mtime_ns == time_of_first
+    for path in (whole.path / "errors").glob("*.npz"):
+        assert (first.parent / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_cell_that_diverged_is_the_only_one_without_errors(place: tuple[Path, str]) -> None:
