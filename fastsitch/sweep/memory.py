@@ -204,6 +204,9 @@ def _temporaries(before: int, after: int, samples: int, kind: StepKind) -> int:
         stitches = max(1, CHUNK_BYTES[kind.device] // (largest * kind.images))
         return min(samples, stitches * kind.images) * (before + 2 * after) * kind.itemsize
     fixed = kind.micro_batch if kind.micro_batch > 1 else min(samples, max(8, CHUNK_BYTES[kind.device] // largest))
+    if kind.regresses:
+        # evaluation alone, which holds one tensor beside a block's input and output most of the time
+        return fixed * after * kind.itemsize
     return fixed * (before + 2 * after) * kind.itemsize
 
 
