@@ -262,13 +262,17 @@ def test_images_and_accuracies_are_those_of_the_saved_stitches(place: Path, tmp_
                     logits = receiver.chain(stitched)
                 accuracy = (logits.argmax(-1) == data.test.labels).double().mean().item()
                 # the run computed in bf16 where the processor has it
-                assert abs(accuracy - arrays[f"{variant}_accuracy"][i]) <= 4.5 / 80
+                assert abs(accuracy - arrays[f"{variant}_accuracy"][i]) <= 2.5 / 80
                 pixels = stitched[[3, 17]].permute(0, 2, 3, 1).numpy() * std + mean
-                assert np.abs(arrays[variant][i] - pixels.clip(0, 1)).mean() < 0.01
+                np.testing.assert_allclose(arrays[variant][i], pixels.clip(0, 1), atol=0.03)
+                outside = float(((pixels < 0) | (pixels > 1)).mean())
+                assert arrays[f"{variant}_clamped"][i] == pytest.approx(outside, abs=0.05)
             # whatever was clamped is now black or white to the bit
             extreme = ((arrays[variant] == 0) | (arrays[variant] == 1)).mean((1, 2, 3, 4))
             np.testing.assert_allclose(arrays[f"{variant}_clamped"], extreme, atol=1e-3)
-            assert extreme.max() > 0.005
+        # least squares overshoots the black around the object
+        assert arrays["matched_clamped"].max() > 0.05
+        assert arrays["matched"].min() == 0
     # nothing is as close to the image as what was fitted to it
     errors = {v: np.square(arrays[v] - arrays["actual"]).mean((1, 2, 3, 4)) for v in variants}
     assert (errors["matched"] < errors["vanilla"]).all()
