@@ -36,6 +36,20 @@ def paper(
         str | None,
         typer.Option(help="paper, small or published-schedule.", show_default="the scale's"),
     ] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Epochs of vanilla stitches, also broken ones.", show_default="the scale's")
+    ] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="Of matched stitches: exact; or sgd, 30 epochs, the published way.", show_default="exact"),
+    ] = None,
+    receiver_bn: Annotated[
+        str | None,
+        typer.Option(
+            help="frozen, or batch: vanilla stitches are trained with batch statistics in the receiver.",
+            show_default="frozen",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for all results.", show_default="./paper-STUDY-SCALE")
     ] = None,
@@ -55,6 +69,9 @@ def paper(
         "settings": settings,
         "seeds": seeds,
         "recipe": recipe,
+        "epochs": epochs,
+        "solver": solver,
+        "receiver_bn": receiver_bn,
         "root": root,
         "data_dir": data_dir,
         "device": device,

@@ -70,15 +70,29 @@ def test_runs_are_named_after_what_differs() -> None:
         {"scale": "small", "networks": "R1111"},
         {"scale": "small", "seeds": "0,1"},
         {"scale": "small", "recipe": "paper"},
+        {"scale": "small", "epochs": 1},
+        {"scale": "small", "solver": "sgd"},
+        {"scale": "small", "receiver_bn": "batch"},
         {"scale": "small", "settings": "T2T"},
         {"study": "r18-r34", "scale": "small"},
     ):
         config = paper_config(**options)
         sweeps = [*config.sweeps(), *config.baselines()]
         names |= {config.run_name(own) for own in (*sweeps, *map(config.matched, config.sweeps()))}
-    assert len(names) == (1 + 1 + 16) + 4 * (1 + 1 + 3) - 2 + (1 + 1 + 3) + 2 * 2
+    assert len(names) == (1 + 1 + 16) + 7 * (1 + 1 + 3) - 2 + (1 + 1 + 3) + 2 * 2
     whole = paper_config(scale="small", networks=",".join(SCALES["small"].networks))
     assert whole.run_name(whole.sweeps()[0]) == "paper-small-resnets-small"
+
+
+def test_options_reach_the_stitches_they_are_about() -> None:
+    config = paper_config(scale="medium", receiver_bn="batch", solver="sgd")
+    (vanilla,) = config.sweeps()
+    matched = config.matched(vanilla)
+    assert (vanilla.recipe.epochs, vanilla.receiver_bn, vanilla.solver) == (1, "batch", "exact")
+    assert {own.receiver_bn for own in config.baselines()} == {"batch"}
+    assert (matched.recipe.epochs, matched.receiver_bn, matched.solver) == (30, "frozen", "sgd")
+    assert paper_config(scale="medium", epochs=0.5).sweeps()[0].recipe.epochs == 0.5
+    assert paper_config(scale="medium", recipe="paper").sweeps()[0].recipe.epochs == 4
 
 
 @pytest.mark.parametrize(
@@ -93,6 +107,9 @@ def test_runs_are_named_after_what_differs() -> None:
         ({"settings": "T2X"}, "--settings T2X: expected some of T2T"),
         ({"seeds": "a"}, "--seeds a: expected whole numbers"),
         ({"recipe": "fast"}, "--recipe fast: expected one of paper, small"),
+        ({"epochs": 0}, "--epochs 0: expected a number above 0"),
+        ({"solver": "lstsq"}, "--solver lstsq: expected one of exact, sgd"),
+        ({"receiver_bn": "none"}, "--receiver-bn none: expected one of frozen, batch"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, str], message: str) -> None:

@@ -29,6 +29,8 @@ class Scale:
     """Recipe of the networks."""
     recipe: str
     """Recipe of the stitches."""
+    epochs: float | None = None
+    """Of the stitches; None: the recipe's."""
     networks: tuple[str, ...] = ()
     """Of small-resnets; empty: all."""
 
@@ -36,7 +38,12 @@ class Scale:
 SCALES = {
     "full": Scale(dataset="cifar10", width=64, training="published", recipe="paper"),
     "medium": Scale(
-        dataset="fashion-mini", width=16, training="fast", recipe="small", networks=("R1111", "R1122", "R2222")
+        dataset="fashion-mini",
+        width=16,
+        training="fast",
+        recipe="small",
+        epochs=1,
+        networks=("R1111", "R1122", "R2222"),
     ),
     "small": Scale(
         dataset="fashion-mini:5000", width=8, training="fast", recipe="small", networks=("R1111", "R1112", "R1122")
@@ -59,8 +66,8 @@ class PaperConfig:
     seeds: tuple[int, ...] = (0,)
     settings: tuple[str, ...] = SETTINGS
     stages: tuple[str, ...] = STAGES
-    options: dict[str, str] = field(default_factory=dict)
-    """What else differs from the scale's sweep: recipe, solver, receiver_bn."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """What else differs from the scale's sweep: recipe, epochs, solver, receiver_bn."""
 
     def __post_init__(self) -> None:
         for option, value, known in (("study", self.study, STUDIES), ("scale", self.scale, SCALES)):
@@ -132,7 +139,9 @@ class PaperConfig:
     def _sweep(
         self, senders: Sequence[str], receivers: Sequence[str], settings: Sequence[str], loss: str = "task"
     ) -> SweepConfig:
-        options: dict[str, Any] = {"recipe": self.dimensions.recipe, **self.options}
+        scale, options = self.dimensions, dict(self.options)
+        if "recipe" not in options:
+            options = {"recipe": scale.recipe, "epochs": scale.epochs, **options}
         solver = options.pop("solver", "exact")
         if loss == "match":
             options = {"solver": solver, "recipe": options["recipe"]}
@@ -155,7 +164,7 @@ def paper_config(
     stages: Sequence[str] | str = STAGES,
     study: str = "small-resnets",
     scale: str = "full",
-    **options: str | None,
+    **options: Any,
 ) -> PaperConfig:
     """A checked configuration; texts are lists separated by commas, ``options`` that are None are left out."""
     names = tuple(dict.fromkeys(str(NetworkName.parse(name)) for name in listed(networks)))

@@ -1,7 +1,9 @@
 """Train and evaluate all cells of a group as one batch."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 import torch
@@ -31,7 +33,8 @@ class TrainingRecipe:
     """How a group of stitches is trained: SGD on the sum over stitches of the mean loss over the batch."""
 
     name: str
-    epochs: int
+    epochs: float
+    """May be broken: the last epoch then ends early."""
     batch_size: int
     lr: float
     momentum: float
@@ -223,7 +226,7 @@ def train_epochs(
     step: Callable[[Drawn, torch.optim.Optimizer], Tensor],
     report: Callable[[StepReport], None] | None,
 ) -> Tensor:
-    """Train a bank in place on so many images, whatever the loss; return its mean over the last epoch (K,).
+    """Train a bank in place on so many images, whatever the loss; return its mean over the last epoch begun (K,).
 
     ``batches(epoch)`` draws an epoch, ``step`` updates the bank on what was drawn and returns the losses (K,). Raises
     ConfigError when there are fewer images than one batch.
@@ -238,16 +241,17 @@ def train_epochs(
     optimizer = stitch_optimizer(bank, recipe)
     loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=bank.parameters.device)
     done = 0
-    for epoch in range(recipe.epochs):
+    for epoch in range(math.ceil(schedule.steps / steps_per_epoch)):
         loss_sum.zero_()
-        for drawn in batches(epoch):
+        begun = done
+        for drawn in islice(batches(epoch), schedule.steps - done):
             optimizer.param_groups[0]["lr"] = schedule.rate(done)
             loss_sum += step(drawn, optimizer)
             done += 1
             if report is not None:
                 report(StepReport(len(bank.cells), done, schedule.steps, done * recipe.batch_size * len(bank.cells)))
     bank.refresh()
-    return loss_sum / steps_per_epoch
+    return loss_sum / (done - begun)
 
 
 def stitch_optimizer(bank: StitchBank, recipe: TrainingRecipe) -> torch.optim.SGD:

@@ -123,8 +123,8 @@ class SweepConfig:
             raise ConfigError(
                 "--optimizer preconditioned: works on the statistics of a matched start; add --init matched"
             )
-        if recipe.epochs < 1:
-            raise ConfigError(f"--epochs {recipe.epochs}: expected at least 1")
+        if not 0 < recipe.epochs < float("inf"):
+            raise ConfigError(f"--epochs {recipe.epochs}: expected a number above 0, such as 2 or 0.5")
         if recipe.batch_size < 1:
             raise ConfigError(f"--batch-size {recipe.batch_size}: expected at least 1")
         if not 0 < recipe.lr < float("inf"):
@@ -200,7 +200,7 @@ def sweep_config(
     senders: Sequence[str] | str,
     receivers: Sequence[str] | str,
     recipe: str | None = None,
-    epochs: int | None = None,
+    epochs: float | None = None,
     lr: float | None = None,
     optimizer: str | None = None,
     batch_size: int | None = None,
@@ -220,6 +220,9 @@ def sweep_config(
         raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
     if epochs is None and others.get("solver") == "sgd":
         epochs = MATCH_EPOCHS
+    if epochs is not None and epochs % 1 == 0:
+        # 2.0 is the same sweep as 2
+        epochs = int(epochs)
     if lr is None and optimizer is not None:
         lr = OPTIMIZERS.get(optimizer)
     changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "batch_size": batch_size}

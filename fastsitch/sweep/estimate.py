@@ -212,8 +212,8 @@ def _unit(
 
 def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
     """Images that a cell is trained on, over all epochs."""
-    epoch_images = data.train // config.recipe.batch_size * config.recipe.batch_size
-    return config.recipe.epochs * epoch_images if config.trains else 0
+    steps = round(config.recipe.epochs * (data.train // config.recipe.batch_size))
+    return steps * config.recipe.batch_size if config.trains else 0
 
 
 def forward_flops(name: NetworkName, shapes: list[Shape]) -> float:
