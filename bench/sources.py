@@ -74,7 +74,7 @@ def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> d
         "streamed": StreamedSource(store, dtype=dtype, device=device),
         "live": LiveSource(*live),
     }
-    sources = {name: every[name] for name in ("resident", *options.sources.split(","))}
+    sources = {name: every[name] for name in ("resident", *options.sources)}
     times: dict[str, list[float]] = {name: [] for name in sources}
     for round_number in range(options.repeats + 1):
         for name, source in sources.items():
@@ -152,7 +152,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--sources", default="streamed,live", help="those that are timed beside the resident one")
+    beside = ("streamed", "live")
+    parser.add_argument("--sources", nargs="+", choices=beside, default=beside, help="timed beside the resident one")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

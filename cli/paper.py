@@ -37,7 +37,7 @@ def paper(
         typer.Option(help="paper, small or published-schedule.", show_default="the scale's"),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Epochs of vanilla stitches, also broken ones.", show_default="the scale's")
+        float | None, typer.Option(help="Epochs of vanilla stitches; may be fractional.", show_default="the scale's")
     ] = None,
     solver: Annotated[
         str | None,

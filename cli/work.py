@@ -130,7 +130,8 @@ def sweep(
         typer.Option(help="paper, small or published-schedule.", show_default="small for fashion-mini, else paper"),
     ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Epochs, also broken ones.", show_default="the recipe's; 30 with --solver sgd")
+        float | None,
+        typer.Option(help="Epochs; may be fractional.", show_default="the recipe's; 30 with --solver sgd"),
     ] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="the recipe's")] = None,
     optimizer: Annotated[

@@ -95,6 +95,19 @@ def test_options_reach_the_stitches_they_are_about() -> None:
     assert paper_config(scale="medium", recipe="paper").sweeps()[0].recipe.epochs == 4
 
 
+def test_naming_a_default_names_no_other_run() -> None:
+    plain, named = (
+        paper_config(scale="small", **options)
+        for options in ({}, {"recipe": "small", "epochs": 2.0, "solver": "exact", "receiver_bn": "frozen"})
+    )
+    assert named == plain
+    one, same = (paper_config(scale="small", epochs=epochs) for epochs in (1, 1.0))
+    assert one.run_name(one.sweeps()[0]) == same.run_name(same.sweeps()[0]) != plain.run_name(plain.sweeps()[0])
+    # the recipe of the medium scale has one epoch only where no recipe is named
+    assert paper_config(scale="medium", recipe="small").sweeps()[0].recipe.epochs == 2
+    assert paper_config(scale="medium", epochs=1) == paper_config(scale="medium")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -193,7 +193,7 @@ def paper(
 ) -> list[Path]:
     """Reproduce the published study and write everything to ``out``; return the files written.
 
-    ``options``: study, scale, networks, stages, settings, seeds, recipe; see
+    ``options``: study, scale, networks, stages, settings, seeds, recipe, epochs, solver, receiver_bn; see
     :func:`fastsitch.paper.study.paper_config`. What an earlier call has finished is used again. Raises ConfigError,
     DataError, NetworkError, StoreError or RunError.
     """

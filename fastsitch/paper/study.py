@@ -1,7 +1,7 @@
 """Which networks, data, recipes and runs a study consists of."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -85,8 +85,7 @@ class PaperConfig:
         if self.study == "r18-r34" and self.networks and set(self.networks) != set(names):
             raise ConfigError(f"--networks {','.join(self.networks)}: {self.study} needs both of {', '.join(names)}")
         # whatever else is wrong is said before the first network is trained
-        for vanilla in self.sweeps():
-            self.matched(vanilla)
+        _ = self.asked
 
     @property
     def dimensions(self) -> Scale:
@@ -124,6 +123,11 @@ class PaperConfig:
     def matched(self, vanilla: SweepConfig) -> SweepConfig:
         """The sweep of matched stitches for the same pairs."""
         return self._sweep(vanilla.senders, vanilla.receivers, vanilla.settings, loss="match")
+
+    @property
+    def asked(self) -> list[tuple[SweepConfig, SweepConfig]]:
+        """The vanilla sweeps, each with that of its matched stitches."""
+        return [(vanilla, self.matched(vanilla)) for vanilla in self.sweeps()]
 
     def run_name(self, config: SweepConfig) -> str:
         """``paper-STUDY-SCALE``, with what differs from the whole study of that scale."""
@@ -169,7 +173,7 @@ def paper_config(
     """A checked configuration; texts are lists separated by commas, ``options`` that are None are left out."""
     names = tuple(dict.fromkeys(str(NetworkName.parse(name)) for name in listed(networks)))
     probe = sweep_config(dataset="fashion-mini", senders="R1111", receivers="R1111", seeds=seeds, settings=settings)
-    return PaperConfig(
+    config = PaperConfig(
         study=study,
         scale=scale,
         networks=names,
@@ -178,3 +182,12 @@ def paper_config(
         stages=tuple(dict.fromkeys(listed(stages))),
         options={name: value for name, value in options.items() if value is not None},
     )
+    if "epochs" in config.options:
+        # 2.0 is 2, as in the sweeps
+        config = replace(config, options={**config.options, "epochs": config.sweeps()[0].recipe.epochs})
+    for name in config.options:
+        # runs are named after what differs: naming the default does not
+        without = replace(config, options={own: config.options[own] for own in config.options if own != name})
+        if without.asked == config.asked:
+            config = without
+    return config

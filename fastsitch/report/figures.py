@@ -119,7 +119,7 @@ def plot_baseline(run: Run, twin: Run, out: PathLike, *, metric: str = "accuracy
     figure = panels_figure(
         [[pair_panel(own, *unit, metric) for own, unit in units]],
         style,
-        title=seeds_note(run, [unit for _, unit in units[:1]], metric),
+        title=seeds_note(run, [units[0][1]], metric),
     )
     path = output_folder(out) / figure_name(f"{sender}--{receiver}.baseline", metric)
     return [save_figure(figure, path)]

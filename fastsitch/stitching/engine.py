@@ -34,7 +34,7 @@ class TrainingRecipe:
 
     name: str
     epochs: float
-    """May be broken: the last epoch then ends early."""
+    """May be fractional: the last epoch then ends early."""
     batch_size: int
     lr: float
     momentum: float

@@ -19,6 +19,7 @@ from fastsitch.networks.names import BLOCKS, NetworkName
 from fastsitch.networks.resnet import position_shapes
 from fastsitch.root import Root
 from fastsitch.stitching.geometry import Geometry, Shape
+from fastsitch.stitching.schedule import training_steps
 from fastsitch.sweep.choose_source import choose_source, source_costs
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.memory import StepKind, group_memory, matching_memory, memory_budget, statistics_bytes
@@ -212,8 +213,9 @@ def _unit(
 
 def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
     """Images that a cell is trained on, over all epochs."""
-    steps = round(config.recipe.epochs * (data.train // config.recipe.batch_size))
-    return steps * config.recipe.batch_size if config.trains else 0
+    recipe = config.recipe
+    steps = training_steps(recipe.epochs, data.train // recipe.batch_size)
+    return steps * recipe.batch_size if config.trains else 0
 
 
 def forward_flops(name: NetworkName, shapes: list[Shape]) -> float:
