@@ -15,6 +15,7 @@ from fastsitch.analysis.triangle import triangle
 from fastsitch.cli.console import Progress, table
 from fastsitch.cli.options import DataDirOption, DatasetOption, DebugOption, DeviceOption, RootOption
 from fastsitch.errors import ConfigError
+from fastsitch.files import output_folder
 from fastsitch.report.choose import plot_figures
 from fastsitch.report.comparison import comparison_text
 from fastsitch.report.tables import tables_text, wants_colour, write_tables
@@ -84,6 +85,9 @@ def tables(
     chosen = fastsitch.open_run(run, dataset=dataset, root=root)
     if split not in SPLITS:
         raise ConfigError(f"--split {split}: expected {' or '.join(SPLITS)}")
+    if out is not None:
+        # before anything is measured
+        output_folder(out)
     with Progress("errors", "units") as progress:
 
         def report(step: MeasureReport) -> None:

@@ -20,10 +20,13 @@ log = logging.getLogger(__name__)
 
 
 def output_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder to write results to; raises ConfigError when a file has its name."""
+    """The folder to write results to; raises ConfigError when a file has its name, or that of a folder above it."""
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"--out {folder} is a file: expected a folder, or a name for a new one")
+    # the first that exists decides: below a file nothing can be made
+    place = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    if place.exists() and not place.is_dir():
+        where = "" if place == folder else f": {place}"
+        raise ConfigError(f"--out {folder}{where} is a file: expected a folder, or a name for a new one")
     return folder
 
 

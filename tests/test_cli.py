@@ -142,6 +142,7 @@ SWEEP = ["sweep", "--senders", "R1111", "--receivers", "R1112"]
         (["export", "none", "--out", "x", "--root", "ROOT"], "no run 'none' in"),
         (["export", "../first", "--out", "x", "--root", "ROOT"], "--run '../first': expected letters, digits"),
         (["export", "first", "--out", "/etc/hostname", "--root", "ROOT"], "--out /etc/hostname is a file"),
+        (["export", "first", "--out", "/etc/hostname/x", "--root", "ROOT"], "--out /etc/hostname/x: /etc/hostname is"),
         (["list", "--root", "/etc/hostname"], "--root /etc/hostname is a file: expected a folder"),
         ([*SWEEP, "--root", "ROOT", "--run", ""], "--run '': expected letters, digits"),
         ([*SWEEP, "--root", "ROOT", "--dry-run"], "fewer than one batch of 256 images"),
@@ -158,6 +159,13 @@ def test_bad_usage_ends_with_2_and_plain_lines(
     assert "Traceback" not in ended.stderr
     assert not set("╭│╰─") & set(ended.stderr)
     assert len(ended.stderr.splitlines()) <= 3
+
+
+def test_tables_look_at_the_folder_before_anything_is_measured(root: Path, run_cli: Command) -> None:
+    ended = run_cli("tables", "first", "--out", "/etc/hostname/x", "--root", root)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"fastsitch: --out /etc/hostname/x: /etc/hostname is a file[^\n]*\n", ended.stderr)
+    assert not ended.stdout
 
 
 def test_sizes_that_cannot_be_stitched_are_refused(run_cli: Command, tmp_path: Path) -> None:
