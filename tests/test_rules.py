@@ -36,11 +36,15 @@ def run(place: Path) -> Run:
     return fastsitch.sweep("R1111", "R1111", root=place, run="area", resample="area", **OPTIONS)
 
 
+def pair_line(place: Path, *more: str) -> tuple[str | Path, ...]:
+    return ("sweep", "--senders", "R1111", "--receivers", "R1111", "--batch-size", "16", "--root", place, *more)
+
+
 def test_the_command_line_refuses_other_sizes_with_one_line_that_names_the_choices(
     place: Path, run_cli: Command
 ) -> None:
     for more in ((), ("--dry-run",)):
-        ended = run_cli("sweep", "--senders", "R1111", "--receivers", "R1111", "--root", place, "--run", "none", *more)
+        ended = run_cli(*pair_line(place, "--run", "none", *more))
         assert ended.returncode == 2
         (line,) = ended.stderr.strip().splitlines()
         assert "no stitch from 20x20 to 3x3" in line
@@ -49,12 +53,11 @@ def test_the_command_line_refuses_other_sizes_with_one_line_that_names_the_choic
 
 
 def test_a_dry_run_names_the_kinds(place: Path, run_cli: Command) -> None:
-    line = ("sweep", "--senders", "R1111", "--receivers", "R1111", "--root", place, "--dry-run")
-    ended = run_cli(*line, "--batch-size", "16", "--resample", "bilinear", "--class-token", "mean")
+    ended = run_cli(*pair_line(place, "--dry-run", "--resample", "bilinear", "--class-token", "mean"))
     assert ended.returncode == 0, ended.stderr
     # from and to 3x3, but for 3x3 itself
     assert "8 bilinear" in ended.stdout
-    ended = run_cli(*line, "--resample", "nearest")
+    ended = run_cli(*pair_line(place, "--dry-run", "--resample", "nearest"))
     assert ended.returncode == 2
     assert "--resample nearest: expected one of none, area, bilinear" in ended.stderr
 
