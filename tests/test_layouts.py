@@ -1,6 +1,7 @@
 """Raw representations, their rows, and every place where rows are kept."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsitch.activations.alignment import Alignment, resample
 from fastsitch.activations.live import LiveSource, LiveSplit, LiveSplitInOrder
+from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.ordered import OrderedSplit, ResidentSplitInOrder, StoredSplitInOrder
 from fastsitch.activations.precompute import ensure_store
 from fastsitch.activations.resident import ResidentSource
@@ -30,7 +32,7 @@ from fastsitch.stitching.engine import train_group
 from fastsitch.stitching.geometry import Geometry, Rules
 from fastsitch.sweep.memory import StepKind, group_memory, matching_memory
 from tests.mixed import CPU, first_chain, second_chain
-from tests.test_engine import ORDER, RECIPE
+from tests.test_engine import RECIPE
 
 UNIT = Unit(sender="R1111", receiver="R1112", setting="T2T", loss="task", seed=0)
 
@@ -256,8 +258,9 @@ def test_stores_hold_every_kind_and_all_sources_give_the_same(dtype: str, data: 
         receiver = FrozenNetwork(second_chain(), dtype=torch.float64, device=CPU)
         cells = [Cell(UNIT, i, j) for i in range(7) for j in range(6)]
         sources: list[Source] = [resident, streamed, alive]
+        order, recipe = ImageOrder(seed=0, block=64, window=128), replace(RECIPE, batch_size=50)
         rules = Rules(resample="area")
-        results = [train_group(receiver, source, cells, RECIPE, ORDER, rules=rules) for source in sources]
+        results = [train_group(receiver, source, cells, recipe, order, rules=rules) for source in sources]
     for cell in cells:
         assert torch.equal(results[0][cell].weight_FD, results[1][cell].weight_FD)
         assert results[0][cell].loss == results[1][cell].loss
