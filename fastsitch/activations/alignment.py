@@ -94,4 +94,4 @@ def resample(x_SBHWC: Tensor, size: tuple[int, int], method: str) -> Tensor:
         # torch has no such kernel for bf16 on the CPU
         exact = x.to(torch.promote_types(x.dtype, torch.float32))
         y = F.interpolate(exact, size, mode="bilinear", align_corners=False, antialias=True).to(x.dtype)
-    return y.permute(0, 2, 3, 1).contiguous().unflatten(0, lead)
+    return torch.unflatten(y.permute(0, 2, 3, 1).contiguous(), 0, lead)

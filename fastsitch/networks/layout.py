@@ -13,6 +13,7 @@ In memory they are (N, rows, columns, C), contiguous: (N, H, W, C), with prefix 
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -69,7 +70,7 @@ def elements(shape: Shape) -> int:
 def grid_rows(x_NHWC: Tensor, shape: Shape) -> Tensor:
     """The rows of the grid (..., H, W, C), a view, out of all rows (..., rows, columns, C)."""
     tokens = prefix_tokens(shape)
-    return x_NHWC[..., 0, tokens:, :].unflatten(-2, grid_size(shape)) if tokens else x_NHWC
+    return torch.unflatten(x_NHWC[..., 0, tokens:, :], -2, grid_size(shape)) if tokens else x_NHWC
 
 
 def shape_text(shape: Shape) -> str:

@@ -62,8 +62,8 @@ class ExpectedRows:
         for size in sizes:
             members = self._positions[size]
             if size not in self._buffers:
-                rows, columns = stored_size(self._split.shapes[members[0]])
-                shape = (stop - start, rows, columns, self.columns[members[-1]].stop)
+                stored = stored_size(self._split.shapes[members[0]])
+                shape = (stop - start, *stored, self.columns[members[-1]].stop)
                 self._buffers[size] = torch.empty(shape, dtype=torch.float64, device=self._device)
             y_NPQD = self._buffers[size][: stop - start]
             for j in members:
