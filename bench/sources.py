@@ -69,11 +69,12 @@ def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> d
         LiveSplit(sender, network.record.normalisation, split, stored=torch.bfloat16, dtype=dtype)
         for split in (dataset.train, dataset.test)
     ]
-    sources: dict[str, Source] = {
+    every: dict[str, Source] = {
         "resident": ResidentSource.load(store, dtype=dtype, device=device),
         "streamed": StreamedSource(store, dtype=dtype, device=device),
         "live": LiveSource(*live),
     }
+    sources = {name: every[name] for name in ("resident", *options.sources.split(","))}
     times: dict[str, list[float]] = {name: [] for name in sources}
     for round_number in range(options.repeats + 1):
         for name, source in sources.items():
@@ -87,7 +88,8 @@ def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> d
         "seconds": {name: spread(own) for name, own in times.items()},
         "ratio_to_resident": {
             name: spread([a / b for a, b in zip(times[name], times["resident"], strict=True)])
-            for name in ("streamed", "live")
+            for name in sources
+            if name != "resident"
         },
     }
 
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--images", type=int, default=10_000, help="training images")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--sources", default="streamed,live", help="those that are timed beside the resident one")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ from tests.conftest import Command
 from tests.written_runs import written_run
 
 SETTINGS = ("T2T", "T2R", "R2T", "R2R")
-POSITIONS = {"R1111": 5, "R1112": 6, "R1122": 7}
+POSITIONS = {"R1111": 5, "R1111@1": 5, "R1112": 6, "R1122": 7}
 
 
 def accuracies(
@@ -117,6 +117,16 @@ def test_vanilla_beside_matched(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
     again = written_run(tmp_path / "again", own, loss="match", network_accuracy=0.8)
     with pytest.raises(ConfigError, match="trained again between 'run' and 'again'"):
         figures.plot_matched(run, again, tmp_path / "out")
+
+
+def test_a_network_into_itself_beside_its_twin(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = drawn(monkeypatch)
+    twin = written_run(tmp_path / "twin", accuracies(("R1111",), ("R1111@1",), ("T2T",)))
+    paths = figures.plot_baseline(run, twin, tmp_path / "out")
+    assert files(paths) == ["R1111--R1111@1.baseline.png"]
+    left, right = maps(made[0])
+    assert texts(left) == values(run, "R1111", "R1111")
+    assert texts(right) == values(twin, "R1111", "R1111@1")
 
 
 def test_all_pairs_on_one_page(run: Run, tmp_path: Path) -> None:

@@ -107,6 +107,25 @@ def test_the_share_of_rows_and_pairs_falls_with_epsilon(tmp_path: Path) -> None:
     assert "2 of 3" in best_match_text(rows)
 
 
+def test_with_several_settings_all_pairs_are_pooled(tmp_path: Path) -> None:
+    lower = np.where(lower_left_mask(5, 5), 0.8, 0.2)
+    matrices = {
+        ("R1111", "R1111", "T2T", 0): lower,
+        ("R1111", "R1111", "T2R", 0): np.full((5, 5), 0.1),
+        ("R1111", "R1111", "R2R", 0): np.eye(5),
+    }
+    run = written_run(tmp_path / "run", matrices)
+    *_, pooled = run_triangles(run)
+    assert (pooled.setting, pooled.pair, pooled.pairs) == ("all", None, 3)
+    # 15 cells of the identity lie in the lower left, 5 of them are 1
+    assert pooled.gap.value == pytest.approx((0.6 + 0 + 5 / 15) / 3)
+    assert pooled.gap.low < pooled.gap.value < pooled.gap.high
+    best = [row for row in run_best_matches(run, epsilons=(0.0, 1.0)) if row.setting == "all"]
+    assert [(row.epsilon, row.counted) for row in best] == [(0.0, 3), (1.0, 3)]
+    for row in best:
+        assert (row.rows.value, row.pairs.value) == pytest.approx((1 / 3, 1 / 3))
+
+
 def test_patterns_as_files(run: Run, tmp_path: Path) -> None:
     triangles, matches = write_patterns(run, tmp_path / "out")
     with triangles.open() as file:

@@ -31,9 +31,10 @@ EPSILONS = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)
 
 @dataclass(frozen=True, kw_only=True)
 class BestMatchRow:
-    """How often the expectation holds at one epsilon, for one pair or over all pairs of a setting."""
+    """How often the expectation holds at one epsilon, for a pair or over all pairs of one or all settings."""
 
     setting: str
+    """``all`` in rows over all pairs of all settings."""
     pair: tuple[str, str] | None
     """Sender and receiver; None for all pairs."""
     epsilon: float
@@ -73,51 +74,59 @@ def holds(margin: NDArray[np.float64], epsilon: float) -> NDArray[np.float64]:
 def run_best_matches(run: Run, metric: str = "accuracy", epsilons: tuple[float, ...] = EPSILONS) -> list[BestMatchRow]:
     """For each setting of a run, and each epsilon, one row per pair, then one over all pairs.
 
+    With several settings the last rows, one per epsilon, are over all pairs of all of them.
+
     Intervals are those of :func:`fastsitch.analysis.triangle.run_triangles`: seeded by the names, and over all pairs
     they take pairs as independent.
     """
-    found = []
+    found: list[BestMatchRow] = []
+    everything: list[_Pair] = []
     for setting in run.config.settings:
-        pairs = {
-            (sender, receiver): run.matrix(sender, receiver, metric, setting=setting)
+        pairs = [
+            _Pair(setting, (sender, receiver), run.matrix(sender, receiver, metric, setting=setting))
             for sender, receiver, which in run.pairs()
             if which == setting
-        }
-        rows = {pair: margins(matrix) for pair, matrix in pairs.items()}
-        possible = {pair: int(matrix.shape[0] <= matrix.shape[1]) for pair, matrix in pairs.items()}
-        counted = [pair for pair, margin in rows.items() if not np.isnan(margin).all()]
+        ]
+        everything += pairs
         for epsilon in epsilons:
-            held = {pair: holds(rows[pair], epsilon) for pair in pairs}
-            for pair in pairs:
-                counts = int(pair in counted)
-                found.append(
-                    BestMatchRow(
-                        setting=setting,
-                        pair=pair,
-                        epsilon=epsilon,
-                        rows=mean_estimate(held[pair], numpy_generator("rows", setting, *pair)),
-                        pairs=_certain(held[pair]),
-                        possible=possible[pair] * counts,
-                        counted=counts,
-                    )
-                )
-            found.append(
-                BestMatchRow(
-                    setting=setting,
-                    pair=None,
-                    epsilon=epsilon,
-                    rows=mean_estimate(
-                        np.array([held[pair].mean() for pair in counted]), numpy_generator("rows", setting)
-                    ),
-                    pairs=mean_estimate(
-                        np.array([float(held[pair].all()) for pair in counted]), numpy_generator("pairs", setting)
-                    ),
-                    possible=sum(possible[pair] for pair in counted),
-                    counted=len(counted),
-                )
-            )
+            found += [pair.row(epsilon) for pair in pairs]
+            found.append(_over_pairs(setting, pairs, epsilon))
+    if len(run.config.settings) > 1:
+        found += [_over_pairs("all", everything, epsilon) for epsilon in epsilons]
     return found
 
 
-def _certain(held: NDArray[np.float64]) -> Estimate:
-    return Estimate(float(held.all()) if len(held) else np.nan, np.nan, np.nan)
+class _Pair:
+    """The margins of one pair's matrix."""
+
+    def __init__(self, setting: str, names: tuple[str, str], matrix: NDArray[np.float64]) -> None:
+        self.setting = setting
+        self.names = names
+        self.margins = margins(matrix)
+        self.counts = not np.isnan(self.margins).all()
+        self.possible = int(self.counts and matrix.shape[0] <= matrix.shape[1])
+
+    def row(self, epsilon: float) -> BestMatchRow:
+        held = holds(self.margins, epsilon)
+        return BestMatchRow(
+            setting=self.setting,
+            pair=self.names,
+            epsilon=epsilon,
+            rows=mean_estimate(held, numpy_generator("rows", self.setting, *self.names)),
+            pairs=Estimate(float(held.all()) if len(held) else np.nan, np.nan, np.nan),
+            possible=self.possible,
+            counted=int(self.counts),
+        )
+
+
+def _over_pairs(setting: str, pairs: list[_Pair], epsilon: float) -> BestMatchRow:
+    held = [holds(pair.margins, epsilon) for pair in pairs if pair.counts]
+    return BestMatchRow(
+        setting=setting,
+        pair=None,
+        epsilon=epsilon,
+        rows=mean_estimate(np.array([own.mean() for own in held]), numpy_generator("rows", setting)),
+        pairs=mean_estimate(np.array([float(own.all()) for own in held]), numpy_generator("pairs", setting)),
+        possible=sum(pair.possible for pair in pairs),
+        counted=len(held),
+    )

@@ -24,9 +24,10 @@ class Triangle:
 
 @dataclass(frozen=True, kw_only=True)
 class TriangleRow:
-    """Both regions and their difference, for one pair or over all pairs of a setting."""
+    """Both regions and their difference, for one pair or over all pairs of a setting or of all settings."""
 
     setting: str
+    """``all`` in the row over all pairs of all settings."""
     pair: tuple[str, str] | None
     """Sender and receiver; None for all pairs."""
     pairs: int
@@ -59,11 +60,13 @@ def gap_over_cells(matrix: NDArray[np.float64], generator: np.random.Generator) 
 def run_triangles(run: Run, metric: str = "accuracy") -> list[TriangleRow]:
     """For each setting of a run one row per pair, then one over all pairs in which every pair counts the same.
 
+    With several settings a last row is over all pairs of all of them.
+
     The interval over all pairs resamples pairs. It takes them as independent, which pairs that share a network are not
     quite: with few networks it is rather too narrow. Generators are seeded by the names, so the same run gives the
     same intervals.
     """
-    rows = []
+    rows: list[TriangleRow] = []
     for setting in run.config.settings:
         found = []
         for sender, receiver, _ in (pair for pair in run.pairs() if pair[2] == setting):
@@ -72,11 +75,14 @@ def run_triangles(run: Run, metric: str = "accuracy") -> list[TriangleRow]:
             gap = gap_over_cells(matrix, numpy_generator("triangle", setting, sender, receiver))
             count = int(np.isfinite(regions.gap))
             found.append(TriangleRow(setting=setting, pair=(sender, receiver), pairs=count, regions=regions, gap=gap))
-        rows += [*found, _over_pairs(setting, [row.regions for row in found if row.pairs])]
+        rows += [*found, _over_pairs(setting, found)]
+    if len(run.config.settings) > 1:
+        rows.append(_over_pairs("all", [row for row in rows if row.pair is not None]))
     return rows
 
 
-def _over_pairs(setting: str, regions: list[Triangle]) -> TriangleRow:
+def _over_pairs(setting: str, rows: list[TriangleRow]) -> TriangleRow:
+    regions = [row.regions for row in rows if row.pairs]
     values = np.array([(pair.lower_left, pair.rest) for pair in regions]).reshape(-1, 2)
     means = Triangle(*map(float, values.mean(0))) if regions else Triangle(np.nan, np.nan)
     gap = mean_estimate(values[:, 0] - values[:, 1], numpy_generator("triangle", setting))

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from fastsitch.networks.folded import (
     add_projection,
-    add_projection_gradient,
     convolve,
     folded,
     input_gradient,
+    projection_gradient,
     projection_rows,
 )
 from fastsitch.networks.masks import apply_mask, mask_bytes, pack_mask
@@ -85,11 +85,8 @@ class FrozenBlock:
             g_hidden = input_gradient(g[part], hidden[part], w.w2, 1)
             torch.ops.aten.threshold_backward(g_hidden, hidden[part], 0, grad_input=g_hidden)
             g_x = input_gradient(g_hidden, x[part], w.w1, w.stride)
-            if w.rows is None:
-                g_x += g[part]
-            else:
-                add_projection_gradient(g_x, g[part], w.rows, w.stride)
-            replace(x[part], g_x, rectified - part.start)
+            shortcut = g[part] if w.rows is None else projection_gradient(g[part], w.rows, w.stride, x.shape[3])
+            replace(x[part], g_x, rectified - part.start, shortcut, w.stride)
 
 
 class MaskedBlock:
@@ -135,12 +132,25 @@ class MaskedBlock:
             run(w.stride, g[part], x[part], *masks, w.w1, w.w2, w.rows)
 
 
-def replace(x: Tensor, g_x: Tensor, rectified: int) -> None:
-    """Put the gradient in place of x; where x is the output of a ReLU (the first samples), that of its input."""
+def replace(x: Tensor, g_x: Tensor, rectified: int, shortcut: Tensor | None = None, stride: int = 1) -> None:
+    """Put the gradient in place of x; that of a shortcut is added to every ``stride``-th row.
+
+    Where x is the output of a ReLU (the first samples), that of its input. ``g_x`` is working memory.
+    """
     count = min(max(rectified, 0), x.shape[0])
     if count:
+        if shortcut is not None:
+            g_x[:count, :, ::stride] += shortcut[:count]
         torch.ops.aten.threshold_backward(g_x[:count], x[:count], 0, grad_input=x[:count])
-    x[count:].copy_(g_x[count:])
+    if count == x.shape[0]:
+        return
+    if shortcut is None:
+        x[count:].copy_(g_x[count:])
+        return
+    # sum and copy in one pass
+    torch.add(g_x[count:, :, ::stride], shortcut[count:], out=x[count:, :, ::stride])
+    for row in range(1, stride):
+        x[count:, :, row::stride].copy_(g_x[count:, :, row::stride])
 
 
 def parts(x: Tensor, out: Tensor, samples: int, images: int | None = None) -> Iterator[slice]:
@@ -202,5 +212,5 @@ def _backward(
     if rows is None:
         g_x = g_x + g
     else:
-        add_projection_gradient(g_x, g, rows, stride)
+        g_x[:, :, ::stride] += projection_gradient(g, rows, stride, x.shape[3])
     x.copy_(g_x)

@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastsitch.errors import NetworkError
 from fastsitch.networks.blocks import CHUNK_BYTES, Saved, replace
-from fastsitch.networks.folded import add_projection_gradient, convolve, input_gradient, projection_rows
+from fastsitch.networks.folded import convolve, input_gradient, projection_gradient, projection_rows
 from fastsitch.networks.frozen import FrozenSegment, frozen_copy
 from fastsitch.networks.resnet import BasicBlock
 from fastsitch.networks.stitch_norm import NormWeights, StitchNorm
@@ -130,13 +130,12 @@ class BlockPass:
             g_y = input_gradient(g_y, y1, w.w2, 1)
             self._bn1.backward(g_y, y1, g_y, first, images, relu=True)
             g_x = input_gradient(g_y, x[part], w.w1, w.stride)
-            if self._projected is None:
-                g_x += g[part]
-            else:
+            shortcut = g[part]
+            if self._projected is not None:
                 assert w.rows is not None
                 self._projected.backward(g[part], saved[2][part], g_y, first, images)
-                add_projection_gradient(g_x, g_y, w.rows, w.stride)
-            replace(x[part], g_x, rectified - part.start)
+                shortcut = projection_gradient(g_y, w.rows, w.stride, x.shape[3])
+            replace(x[part], g_x, rectified - part.start, shortcut, w.stride)
 
 
 def _project(w: BlockParts, x: Tensor, y: Tensor) -> None:

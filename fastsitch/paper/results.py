@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastsitch.analysis.error_files import SPLITS, run_errors
-from fastsitch.report.figures import plot_controls, plot_directions, plot_matched
-from fastsitch.report.heatmap import plot_run
+from fastsitch.report.figures import plot_baseline, plot_controls, plot_directions, plot_matched
 from fastsitch.report.overview import plot_overview
 from fastsitch.report.patterns import write_patterns
 from fastsitch.report.tables import write_tables
@@ -42,6 +41,6 @@ def draw_all_figures(runs: StudyRuns, out: Path) -> list[Path]:
             files += plot_overview(vanilla, out)
     if len(runs.vanilla) == 2:
         files += plot_directions(runs.vanilla[0], out, back=runs.vanilla[1])
-    for run in runs.baselines:
-        files += plot_run(run, out / "baseline")
+    for twin in runs.baselines:
+        files += plot_baseline(runs.vanilla[0], twin, out / "baseline")
     return files

@@ -107,5 +107,23 @@ def plot_matched(
     return paths
 
 
+def plot_baseline(run: Run, twin: Run, out: PathLike, *, metric: str = "accuracy") -> list[Path]:
+    """The classical baseline: a network into itself, beside the same network into one of another seed, T2T.
+
+    ``run`` has the self-pair, ``twin`` the pair of one sender and one receiver. Files ``SENDER--RECEIVER.baseline.png``
+    and ``.pdf``; returns the PNG path. Raises RunError where a run has not its pair.
+    """
+    style = style_of(run, metric)
+    sender, receiver, setting = next(iter(twin.pairs()))
+    units = [(run, (sender, sender, setting)), (twin, (sender, receiver, setting))]
+    figure = panels_figure(
+        [[pair_panel(own, *unit, metric) for own, unit in units]],
+        style,
+        title=seeds_note(run, [unit for _, unit in units[:1]], metric),
+    )
+    path = output_folder(out) / figure_name(f"{sender}--{receiver}.baseline", metric)
+    return [save_figure(figure, path)]
+
+
 def _all_pairs(run: Run) -> list[tuple[str, str]]:
     return list(dict.fromkeys((sender, receiver) for sender, receiver, _ in run.pairs()))

@@ -22,7 +22,7 @@ def patterns_text(run: Run, metric: str = "accuracy") -> str:
 
 
 def triangle_text(rows: Sequence[TriangleRow]) -> str:
-    """One line per pair, and one over all pairs of a setting."""
+    """One line per pair, and one over all pairs of a setting; with several settings also one over all of them."""
     names = [_name(row.pair, row.pairs) for row in rows]
     width = max(map(len, ["pair", *names]))
     lines = [f"{'pair':{width}}  setting  lower left   rest    gap  95 % interval"]
@@ -48,7 +48,10 @@ def best_match_text(rows: Sequence[BestMatchRow]) -> str:
 
 
 def write_patterns(run: Run, out: str | os.PathLike[str], metric: str = "accuracy") -> list[Path]:
-    """Write ``triangle.csv`` and ``best_match.csv``, one row per pair and one over all pairs; return the paths."""
+    """Write ``triangle.csv`` and ``best_match.csv``; return the paths.
+
+    One row per pair, one over all pairs of a setting, and with several settings one over all pairs of all of them.
+    """
     folder = output_folder(out)
     triangles = [
         [row.setting, *_pair(row.pair), row.pairs, row.regions.lower_left, row.regions.rest, *_numbers(row.gap)]
