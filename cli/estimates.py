@@ -5,6 +5,7 @@ from collections import Counter
 import typer
 
 from fastsitch.cli.console import duration, size, table
+from fastsitch.networks.layout import shape_text
 from fastsitch.networks.names import NetworkName
 from fastsitch.sweep.estimate import SweepEstimate
 
@@ -70,7 +71,7 @@ def show_estimate(estimate: SweepEstimate) -> None:
 
 def _shapes(name: NetworkName, estimate: SweepEstimate) -> list[str]:
     shapes = Counter(shape for _, shape in estimate.positions[name])
-    text = ", ".join(f"{count} of {channels}x{height}x{width}" for (channels, height, width), count in shapes.items())
+    text = ", ".join(f"{count} of {shape_text(shape)}" for shape, count in shapes.items())
     if name in estimate.assumed:
         text += f" (not trained: width {estimate.positions[name][0][1][0]} assumed)"
     return [str(name), str(len(estimate.positions[name])), text]

@@ -160,6 +160,13 @@ def sweep(
         str,
         typer.Option(help="frozen, or batch: the receiver's BatchNorm uses batch statistics per stitch in training."),
     ] = "frozen",
+    resample: Annotated[
+        str, typer.Option(help="none, or how sizes that are no multiples of each other are joined: area or bilinear.")
+    ] = "none",
+    class_token: Annotated[
+        str,
+        typer.Option(help="A receiver's class token comes from the sender's (else the mean), mean or zero."),
+    ] = "sender",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
     root: RootOption = None,
     dataset: DatasetOption = None,
@@ -188,6 +195,8 @@ def sweep(
         "solver": solver,
         "init": init,
         "receiver_bn": receiver_bn,
+        "resample": resample,
+        "class_token": class_token,
     }
     config = fastsitch.configure_sweep(*pairs, dataset=dataset, root=root, **options)
     name = checked_run_name(config.default_run_name if run is None else run)

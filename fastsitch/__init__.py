@@ -15,6 +15,7 @@ from fastsitch.api import bench, configure_sweep, estimate, images, measure_erro
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
+from fastsitch.networks.layout import Layout
 from fastsitch.paper.run import estimate_paper, paper
 from fastsitch.report.choose import plot_figures
 from fastsitch.report.heatmap import plot_run
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Chain",
     "FastsitchError",
+    "Layout",
     "Position",
     "Run",
     "StitchErrors",

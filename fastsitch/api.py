@@ -161,8 +161,8 @@ def sweep(
     """Train and evaluate the stitches of all pairs; a run that exists is continued.
 
     ``options``: settings, seeds, recipe, epochs, lr, optimizer, batch_size, group_size, precision, kernel, compile,
-    source, loss, solver, init, receiver_bn; see :func:`fastsitch.sweep.config.sweep_config`. Raises ConfigError,
-    DataError, NetworkError, StoreError or RunError.
+    source, loss, solver, init, receiver_bn, resample, class_token; see :func:`fastsitch.sweep.config.sweep_config`.
+    Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
     return run_sweep(Root.at(root, data_dir), config, run=run, device=device, memory=memory, report=report)

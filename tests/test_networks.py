@@ -105,8 +105,8 @@ def test_any_sequential_becomes_a_chain(images: torch.Tensor) -> None:
         Chain.from_module(model, images[:1], positions=["7"])
     with pytest.raises(NetworkError, match="cannot cut a Linear"):
         Chain.from_module(nn.Linear(2, 2), images[:1])
-    with pytest.raises(NetworkError, match="2 dimensions: expected a map"):
-        Chain.from_module(model, images[:1])
+    flat = Chain.from_module(model, images[:1]).positions[-1]
+    assert (flat.shape, flat.layout) == ((8 * 16 * 16,), "vector")
 
 
 def test_in_place_activations_do_not_change_what_was_captured(images: torch.Tensor) -> None:

@@ -4,43 +4,59 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from fastsitch.activations.alignment import Alignment
 from fastsitch.kernels import space_to_depth
-
-Shape = tuple[int, int, int]
+from fastsitch.networks.layout import Shape as Shape
+from fastsitch.networks.layout import grid_rows
 
 
 class Batch:
     """The images ``index`` (int64) of representations in device memory, and their ``labels`` (B,).
 
-    ``stacks`` holds, for each shape (C, H, W), the sender positions of that shape as one tensor (S, N, H, W, C).
+    ``stacks`` holds, for each shape, the sender positions of that shape as one tensor of rows: (S, N, H, W, C) for
+    maps, for others see :mod:`fastsitch.networks.layout`.
     """
 
     def __init__(self, stacks: Mapping[Shape, Tensor], index: Tensor, labels: Tensor) -> None:
         self.labels = labels
         self._stacks = stacks
         self._index = index
-        self._features: dict[tuple[Shape, int], Tensor] = {}
+        self._features: dict[tuple[Shape, int] | Alignment, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def values(self, shape: Shape, place: int) -> Tensor:
-        """The representations (B, H, W, C) at one position: the ``place``-th of those of this shape."""
-        return self.operand(shape, 1, "torch")[0][place]
+        """The rows (B, H, W, C) at one position, the ``place``-th of those of this shape; all tokens are among them."""
+        return self._gathered(shape)[place]
 
     def operand(self, shape: Shape, down: int, kernel: str) -> tuple[Tensor, Tensor | None, int]:
-        """What to hand to the operator as x, index and down.
+        """What to hand to the operator as x, index and down, to read the grid.
 
         Triton gathers and regroups while it loads, so it gets the resident tensors as they are. The torch path gets
         the gathered images, already brought from space to depth: one copy, shared by all stitches of that shape and
         ratio in this step.
         """
         if kernel == "triton":
-            return self._stacks[shape], self._index, down
+            return grid_rows(self._stacks[shape], shape), self._index, down
         key = (shape, down)
         if key not in self._features:
             if down == 1:
-                self._features[key] = self._stacks[shape].index_select(1, self._index)
+                self._features[key] = grid_rows(self._stacks[shape], shape).index_select(1, self._index)
             else:
                 self._features[key] = space_to_depth(self.operand(shape, 1, kernel)[0], down)
         return self._features[key], None, 1
+
+    def aligned(self, alignment: Alignment) -> Tensor:
+        """The inputs (S, B, rows, columns, features) of stitches with an alignment: one copy for all in this step."""
+        if alignment not in self._features:
+            self._features[alignment] = alignment.apply(self._gathered(alignment.sender))
+        return self._features[alignment]
+
+    def _gathered(self, shape: Shape) -> Tensor:
+        """All rows of the batch, (S, B, H, W, C)."""
+        # without prefix tokens the same as the operand of ratio 1
+        key = (shape, 1 if len(shape) < 4 else 0)
+        if key not in self._features:
+            self._features[key] = self._stacks[shape].index_select(1, self._index)
+        return self._features[key]

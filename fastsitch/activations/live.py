@@ -37,7 +37,8 @@ class LiveSplit:
         self._images = split.images.to(sender.device)
         self._stored = stored
         self._dtype = dtype
-        self.shapes: Sequence[Shape] = [position.shape for position in sender.positions]
+        self.positions = sender.positions
+        self.shapes: Sequence[Shape] = [position.rows for position in sender.positions]
         self.labels = split.labels.to(sender.device)
         self.ids = torch.arange(len(split), device=sender.device)
 
@@ -46,7 +47,7 @@ class LiveSplit:
 
     @torch.no_grad()
     def represent(self, images: Tensor | slice, views: Views | None = None) -> list[Tensor]:
-        """The representations (n, C, H, W) of some images at every position, channels-last."""
+        """The raw representations of some images at every position: maps (n, C, H, W), channels-last in memory."""
         x = self._normalisation.apply(self._images[images])
         if views is not None:
             x = views.to(x.device).apply(x)
@@ -73,7 +74,7 @@ class LiveSplit:
         return Views.draw(len(self), height, width, torch_generator("views", seed, epoch))
 
     def _batch(self, index: Tensor, views: Views | None) -> Batch:
-        stacks = stack_positions(self.shapes, self.represent(index, views))
+        stacks = stack_positions(self.positions, self.represent(index, views))
         return Batch(stacks, torch.arange(len(index), device=index.device), self.labels.index_select(0, index))
 
 
@@ -103,4 +104,4 @@ class LiveSplitInOrder:
         if first != self._first:
             self._block = self._split.represent(slice(first, first + PASS_IMAGES))
             self._first = first
-        return self._block[position].permute(0, 2, 3, 1)[start - first : stop - first]
+        return self._split.positions[position].to_rows(self._block[position])[start - first : stop - first]

@@ -15,9 +15,10 @@ _READ_IMAGES = 1024
 
 
 class OrderedSplit(Protocol):
-    """``shapes`` lists the shape (C, H, W) of every position, ``labels`` and ``ids`` (N,) say which images these are.
+    """``shapes`` lists the shape of every position, (C, H, W) for maps; ``labels`` and ``ids`` (N,) say which images
+    these are.
 
-    ``images(position, start, stop)`` are the representations (n, H, W, C) of images start ... stop - 1.
+    ``images(position, start, stop)`` are the rows of images start ... stop - 1, (n, H, W, C) for maps.
     """
 
     shapes: Sequence[Shape]
@@ -54,7 +55,7 @@ class StoredSplitInOrder:
         self._split = split
         self._dtype = dtype
         self._device = device
-        self.shapes: Sequence[Shape] = [position.shape for position in store.positions]
+        self.shapes: Sequence[Shape] = [position.rows for position in store.positions]
         self.labels = store.labels(split).to(device)
         self.ids = store.ids(split).to(device)
         self._blocks: dict[int, tuple[int, Tensor]] = {}

@@ -19,6 +19,7 @@ from fastsitch.files import exclusive
 from fastsitch.machine import DTYPES, native_bf16
 from fastsitch.networks.checkpoint import Network, require_fit
 from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.layout import stored_size
 
 Report = Callable[[int, int], None]
 """report(images done, images in all)."""
@@ -99,7 +100,7 @@ def open_fitting(path: Path, identity: StoreIdentity, *, content_only: bool) -> 
 
 @dataclass(frozen=True)
 class Block:
-    """Representations (N, H, W, C) of consecutive images at every position, in the memory of the host."""
+    """Rows (N, H, W, C) of consecutive images at every position, in the memory of the host."""
 
     representations: list[Tensor]
     copied: torch.cuda.Event | None
@@ -122,13 +123,14 @@ def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype
     copies = _copy_stream(device) if cuda else None
     block = []
     for position in frozen.positions:
-        channels, height, width = position.shape
-        block.append(torch.empty(len(images), height, width, channels, dtype=dtype, pin_memory=cuda))
+        row = (*stored_size(position.rows), position.rows[0])
+        block.append(torch.empty(len(images), *row, dtype=dtype, pin_memory=cuda))
     for start in range(0, len(images), PASS_IMAGES):
         batch = images[start : start + PASS_IMAGES]
         batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch
         x = network.record.normalisation.apply(batch)
-        outputs = [representation.permute(0, 2, 3, 1).to(dtype) for representation in frozen.representations(x)]
+        raw = zip(frozen.positions, frozen.representations(x), strict=True)
+        outputs = [position.to_rows(representation).to(dtype) for position, representation in raw]
         if copies is not None:
             copies.wait_stream(torch.cuda.current_stream(device))
         with nullcontext() if copies is None else torch.cuda.stream(copies):

@@ -11,6 +11,8 @@ from fastsitch.activations.source import refuse_augmentation
 from fastsitch.activations.store import ActivationStore
 from fastsitch.errors import MemoryLimitError
 from fastsitch.machine import available_memory
+from fastsitch.networks.layout import elements, stored_size
+from fastsitch.networks.position import Position
 
 _READ_IMAGES = 1024
 """Images per read from a store: whole chunks at every position."""
@@ -55,7 +57,7 @@ class ResidentSplit:
 
 
 class ResidentSource:
-    """Both splits of one sender; ``shapes`` lists the shape (C, H, W) of every position."""
+    """Both splits of one sender; ``shapes`` lists the shape of every position, (C, H, W) for maps."""
 
     def __init__(self, shapes: Sequence[Shape], train: ResidentSplit, test: ResidentSplit) -> None:
         self.shapes: Sequence[Shape] = list(shapes)
@@ -68,9 +70,8 @@ class ResidentSource:
 
         Raises MemoryLimitError, before reading, when it does not fit.
         """
-        shapes: list[Shape] = [position.shape for position in store.positions]
-        elements = sum(channels * height * width for channels, height, width in shapes)
-        needed = elements * sum(store.sizes.values()) * dtype.itemsize
+        shapes: list[Shape] = [position.rows for position in store.positions]
+        needed = sum(map(elements, shapes)) * sum(store.sizes.values()) * dtype.itemsize
         available = available_memory(device)
         if needed > MEMORY_LIMIT * available:
             raise MemoryLimitError(
@@ -94,22 +95,24 @@ class ResidentSource:
         test: Sequence[Tensor],
         train_labels: Tensor,
         test_labels: Tensor,
+        positions: Sequence[Position] | None = None,
     ) -> "ResidentSource":
-        """From representations (N, C, H, W) in memory, one tensor per position."""
-        shapes: list[Shape] = [(x.shape[1], x.shape[2], x.shape[3]) for x in train]
+        """From raw representations in memory, one tensor per position: maps (N, C, H, W) without ``positions``."""
+        if positions is None:
+            positions = [Position(index, str(index), tuple(x.shape[1:])) for index, x in enumerate(train)]
         return cls(
-            shapes,
-            ResidentSplit(stack_positions(shapes, train), train_labels),
-            ResidentSplit(stack_positions(shapes, test), test_labels),
+            [position.rows for position in positions],
+            ResidentSplit(stack_positions(positions, train), train_labels),
+            ResidentSplit(stack_positions(positions, test), test_labels),
         )
 
 
-def stack_positions(shapes: Sequence[Shape], representations: Sequence[Tensor]) -> dict[Shape, Tensor]:
-    """Representations (N, C, H, W) of all positions, stacked per shape as (S, N, H, W, C)."""
+def stack_positions(positions: Sequence[Position], representations: Sequence[Tensor]) -> dict[Shape, Tensor]:
+    """The rows of raw representations at all positions, stacked per shape: (S, N, H, W, C) for maps."""
+    shapes = [position.rows for position in positions]
+    rows = [position.to_rows(x) for position, x in zip(positions, representations, strict=True)]
     return {
-        shape: torch.stack(
-            [x.permute(0, 2, 3, 1) for x, own in zip(representations, shapes, strict=True) if own == shape]
-        )
+        shape: torch.stack([x for x, own in zip(rows, shapes, strict=True) if own == shape])
         for shape in dict.fromkeys(shapes)
     }
 
@@ -120,9 +123,8 @@ def _read_stacks(
     images = store.sizes[split]
     stacks = {}
     for shape in dict.fromkeys(shapes):
-        channels, height, width = shape
         members = [index for index, own in enumerate(shapes) if own == shape]
-        stack = torch.empty(len(members), images, height, width, channels, dtype=dtype, device=device)
+        stack = torch.empty(len(members), images, *stored_size(shape), shape[0], dtype=dtype, device=device)
         for place, index in enumerate(members):
             for start in range(0, images, _READ_IMAGES):
                 stop = min(start + _READ_IMAGES, images)

@@ -35,7 +35,7 @@ class SourceSplit(Protocol):
 
 
 class Source(Protocol):
-    """Both splits of one sender; ``shapes`` lists the shape (C, H, W) of every position."""
+    """Both splits of one sender; ``shapes`` lists the shape of every position, (C, H, W) for maps."""
 
     shapes: Sequence[Shape]
 

@@ -2,7 +2,8 @@
 
 Layout (docs/store.md has it in full):
     manifest.json           written last; without a valid one the store does not exist
-    train/0, train/1, ...   one array per position, (N, H, W, C), about 4 MiB per chunk, whole images
+    train/0, train/1, ...   one array per position, (N, H, W, C), about 4 MiB per chunk, whole images; tokens and
+                            vectors as fastsitch.networks.layout says
     train/labels, train/ids (N,) int64; the same under test/
 
 Every chunk ends in its own crc32c, which is verified whenever it is read; the manifest repeats size and checksum of
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastsitch.advice import command
-from fastsitch.errors import ConfigError, StoreError
+from fastsitch.errors import ConfigError, NetworkError, StoreError
 from fastsitch.identity import stable_hash
 from fastsitch.networks.chain import Position
 
@@ -89,13 +90,10 @@ class ActivationStore:
         manifest = _read_manifest(path)
         try:
             identity = StoreIdentity(**manifest["identity"])
-            positions = tuple(
-                Position(entry["index"], entry["name"], (entry["shape"][0], entry["shape"][1], entry["shape"][2]))
-                for entry in manifest["positions"]
-            )
+            positions = tuple(Position.from_dict(entry) for entry in manifest["positions"])
             store = cls(path, identity, positions, dict(manifest["sizes"]))
             files = manifest["files"]
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, NetworkError) as error:
             raise StoreError(f"{path / 'manifest.json'} is no manifest of an activation store ({error})") from None
         _census(path, files)
         return store

@@ -12,6 +12,7 @@ from fastsitch.activations.read_ahead import ReadAhead
 from fastsitch.activations.source import refuse_augmentation
 from fastsitch.activations.store import ActivationStore
 from fastsitch.activations.stream_plan import StreamPlan, stream_capacity
+from fastsitch.networks.layout import stored_size
 
 READ_AHEAD = 2
 """Blocks that are read, or being read, and not yet in place."""
@@ -32,7 +33,7 @@ class StreamedSplit:
         self._split = split
         self._dtype = dtype
         self._device = device
-        self._shapes = [position.shape for position in store.positions]
+        self._shapes = [position.rows for position in store.positions]
         # opens every array here: how it is read depends on a setting that belongs to no thread
         self._chunk = max(store.chunk_images(split, index) for index in range(len(self._shapes)))
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -88,8 +89,7 @@ class StreamedSplit:
         del kept
         stacks = {}
         for shape in dict.fromkeys(self._shapes):
-            channels, height, width = shape
-            size = (self._shapes.count(shape), capacity, height, width, channels)
+            size = (self._shapes.count(shape), capacity, *stored_size(shape), shape[0])
             stacks[shape] = torch.empty(size, dtype=self._dtype, device=self._device)
         return stacks
 
@@ -119,7 +119,7 @@ class StreamedSource:
     """Both splits of one sender, read from its store in every pass; ``shapes`` is that of every position."""
 
     def __init__(self, store: ActivationStore, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.shapes: Sequence[Shape] = [position.shape for position in store.positions]
+        self.shapes: Sequence[Shape] = [position.rows for position in store.positions]
         self.train = StreamedSplit(store, "train", dtype=dtype, device=device)
         self.test = StreamedSplit(store, "test", dtype=dtype, device=device)
 

@@ -17,7 +17,8 @@ from fastsitch.errors import FailedError, StoreError
 from fastsitch.files import sync_file, write_json
 from fastsitch.identity import stable_hash
 from fastsitch.machine import DTYPES
-from fastsitch.networks.chain import Position
+from fastsitch.networks.layout import elements, stored_size
+from fastsitch.networks.position import Position
 
 import zarr  # isort: skip
 from zarr.codecs import Crc32cCodec, ZstdCodec  # isort: skip
@@ -49,15 +50,15 @@ class StoreWriter:
             self._arrays: dict[str, Any] = {}
             for split, images in sizes.items():
                 for position in positions:
-                    channels, height, width = position.shape
+                    row = (*stored_size(position.rows), position.rows[0])
                     self._arrays[f"{split}/{position.index}"] = group.create_array(
                         f"{split}/{position.index}",
-                        shape=(images, height, width, channels),
-                        chunks=(self.chunk_images(position), height, width, channels),
+                        shape=(images, *row),
+                        chunks=(self.chunk_images(position), *row),
                         dtype=self._stored_as,
                         compressors=[*compressors, Crc32cCodec()],
                         fill_value=_MISSING[identity.dtype],
-                        attributes={"dtype": identity.dtype, "position": position.name},
+                        attributes={"dtype": identity.dtype, "position": position.name, **position.kind_dict()},
                         **_ARRAY_OPTIONS,
                     )
                 for name in ("labels", "ids"):
@@ -73,7 +74,7 @@ class StoreWriter:
 
     def chunk_images(self, position: Position) -> int:
         """Images per chunk: the power of two that comes closest to 4 MiB from below."""
-        images = max(1, CHUNK_BYTES // (int(np.prod(position.shape)) * self._stored_as.itemsize))
+        images = max(1, CHUNK_BYTES // (elements(position.rows) * self._stored_as.itemsize))
         return int(min(MAX_CHUNK_IMAGES, 1 << (images.bit_length() - 1)))
 
     @property
@@ -117,7 +118,7 @@ class StoreWriter:
             "format": FORMAT,
             "identity": asdict(self.identity),
             "hash": self.identity.hash,
-            "positions": [asdict(position) for position in self.positions],
+            "positions": [position.to_dict() for position in self.positions],
             "sizes": self.sizes,
             "files": files,
         }

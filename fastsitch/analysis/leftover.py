@@ -76,6 +76,7 @@ def leftover_accuracy(
                     # as in training: a group that fitted there fits here
                     images=2 * vanilla.config.recipe.batch_size,
                     kernel=resolved.kernel,
+                    rules=vanilla.config.rules,
                 )
                 for cell, accuracy in found.items():
                     matrix[cell.i, cell.j] = accuracy

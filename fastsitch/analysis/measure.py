@@ -117,7 +117,7 @@ class _Measurement:
             train, origin = self.representations.expected(sender, make=False)
             test, _ = self.representations.expected(sender, "test", make=False)
             origin.require_same(self.run, "store_hash", units)
-            moments = SenderMoments(train)
+            moments = SenderMoments(train, self.run.config.rules)
             # the seeds of a pair follow each other
             for _, of_pair in groupby(units, key=lambda planned: planned.receiver):
                 self._measure(list(of_pair), moments, test, origin)
@@ -139,6 +139,7 @@ class _Measurement:
                 for cell, own in matched.items()
             },
             lambda done, total: self._tell(units, done, total, 0.5),
+            rules=self.run.config.rules,
         )
         error, distance, variance = (part.numpy() for part in (direct.error, direct.distance, direct.variance))
         stores = {"store_hash": origin.identity.hash, "receiver_store_hash": expected_origin.identity.hash}

@@ -1,29 +1,23 @@
 """A network as a chain of segments, so that it can be cut between any two of them."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from fastsitch.errors import NetworkError
-
-
-@dataclass(frozen=True)
-class Position:
-    """A place where a network can be cut: its index, its name, and the representation's shape (C, H, W)."""
-
-    index: int
-    name: str
-    shape: tuple[int, int, int]
+from fastsitch.networks.layout import Layout
+from fastsitch.networks.position import Position as Position
 
 
 class Chain(nn.Module):
     """Segments 0 ... p, each followed by a position, then a head that ends in logits.
 
-    Inputs are (B, C, H, W); a representation is the output of a segment. ``positions`` lists the cuts in order.
+    Inputs are (B, C, H, W); a representation is the output of a segment, as the network itself uses it. ``positions``
+    lists the cuts in order. ``layouts`` says, by name, how representations are to be read that are not what their
+    dimensions suggest: 4 a map, 3 tokens on a square grid, 2 a vector.
     """
 
     def __init__(
@@ -32,12 +26,13 @@ class Chain(nn.Module):
         head: nn.Module,
         names: Sequence[str],
         input_shape: tuple[int, int, int],
+        layouts: Mapping[str, Layout] | None = None,
     ) -> None:
         super().__init__()
         self.segments = nn.ModuleList(segments)
         self.head = head
         self.input_shape = input_shape
-        self.positions = _positions(self.segments, names, input_shape)
+        self.positions = _positions(self.segments, names, input_shape, layouts or {})
 
     def representations(self, x: Tensor) -> list[Tensor]:
         """The representation at every position, from one forward pass."""
@@ -68,15 +63,23 @@ class Chain(nn.Module):
     def with_input(self) -> "Chain":
         """The same network, its weights shared, with the image itself as position 0, named ``input``."""
         names = [position.name for position in self.positions]
-        return Chain([nn.Identity(), *self.segments], self.head, ["input", *names], self.input_shape)
+        layouts = {position.name: position.kind for position in self.positions}
+        return Chain([nn.Identity(), *self.segments], self.head, ["input", *names], self.input_shape, layouts)
 
     @classmethod
-    def from_module(cls, model: nn.Module, example_input: Tensor, positions: Sequence[str] | None = None) -> "Chain":
+    def from_module(
+        cls,
+        model: nn.Module,
+        example_input: Tensor,
+        positions: Sequence[str] | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> "Chain":
         """Make a chain of ``model``: a Chain as it is, an nn.Sequential cut after the children in ``positions``.
 
         A Sequential is copied, with in-place activations turned off: they would change a representation after it was
         captured. ``positions`` are names of its children; None cuts after every child but the last, which then is the
-        head. The example input (B, C, H, W) fixes the shapes. Raises NetworkError for other modules.
+        head. The example input (B, C, H, W) fixes the shapes; ``layouts`` are those of the chain. Raises NetworkError
+        for other modules.
         """
         if isinstance(model, Chain):
             return model
@@ -104,13 +107,19 @@ class Chain(nn.Module):
                 collected = []
         ordered = [name for name in known if name in names]
         channels, height, width = example_input.shape[1:]
-        return cls(segments, nn.Sequential(*collected), ordered, (channels, height, width))
+        return cls(segments, nn.Sequential(*collected), ordered, (channels, height, width), layouts)
 
 
 def _positions(
-    segments: nn.ModuleList, names: Sequence[str], input_shape: tuple[int, int, int]
+    segments: nn.ModuleList,
+    names: Sequence[str],
+    input_shape: tuple[int, int, int],
+    layouts: Mapping[str, Layout],
 ) -> tuple[Position, ...]:
     """Shapes by one forward pass of two zero images in eval mode (BatchNorm wants no statistics of them)."""
+    unknown = [name for name in layouts if name not in names]
+    if unknown:
+        raise NetworkError(f"layouts of {', '.join(unknown)}: expected some of the positions {', '.join(names)}")
     parameter = next(segments.parameters(), torch.empty(0))
     x = parameter.new_zeros(2, *input_shape)
     modes = [module.training for module in segments.modules()]
@@ -119,11 +128,13 @@ def _positions(
     with torch.no_grad():
         for index, (segment, name) in enumerate(zip(segments, names, strict=True)):
             x = segment(x)
-            if x.dim() != 4:
+            kind = layouts.get(name, Layout.of(x.dim()))
+            if kind is None:
                 raise NetworkError(
-                    f"position {name!r} gives a tensor of {x.dim()} dimensions: expected a map (B, C, H, W)"
+                    f"position {name!r} gives a tensor of {x.dim()} dimensions: expected a map (B, C, H, W), tokens "
+                    "(B, N, C) or a vector (B, C)"
                 )
-            positions.append(Position(index, name, (x.shape[1], x.shape[2], x.shape[3])))
+            positions.append(Position(index, name, tuple(x.shape[1:]), kind.layout, kind.prefix_tokens, kind.grid))
     for module, training in zip(segments.modules(), modes, strict=True):
         module.training = training
     return tuple(positions)

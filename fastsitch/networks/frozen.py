@@ -1,6 +1,7 @@
 """A network that no longer learns: BatchNorm folded, weights cast once, gradients only of activations.
 
-Tensors are (B, C, H, W) in channels-last memory.
+Maps are (B, C, H, W) in channels-last memory; segments other than those of the small ResNets take and give whatever
+tensors the network itself uses, whose rows lie contiguous (see :mod:`fastsitch.networks.layout`).
 """
 
 import copy
@@ -154,7 +155,7 @@ class FrozenNetwork:
         x = x.to(self.dtype).contiguous(memory_format=torch.channels_last)
         outputs = []
         for segment, position in zip(self.segments, self.positions, strict=True):
-            out = channels_last(x.shape[0], position.shape, self.dtype, self.device)
+            out = position.empty(x.shape[0], self.dtype, self.device)
             segment.infer(x, out, x.shape[0])
             outputs.append(out)
             x = out
@@ -163,16 +164,10 @@ class FrozenNetwork:
     def tail(self, x: Tensor, j: int) -> Tensor:
         """Logits when ``x`` stands for the output of position ``j``."""
         for segment, position in zip(self.segments[j + 1 :], self.positions[j + 1 :], strict=True):
-            out = channels_last(x.shape[0], position.shape, self.dtype, self.device)
+            out = position.empty(x.shape[0], self.dtype, self.device)
             segment.infer(x, out, x.shape[0])
             x = out
         return self.head.forward(x)
-
-
-def channels_last(images: int, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An uninitialised (images, C, H, W) tensor in channels-last memory."""
-    channels, height, width = shape
-    return torch.empty(images, height, width, channels, dtype=dtype, device=device).permute(0, 3, 1, 2)
 
 
 class _FrozenStem:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.networks.chain import Chain
+from fastsitch.networks.layout import Shape
 
 
 class Stem(nn.Module):
@@ -96,12 +97,10 @@ def initialise(network: nn.Module, generator: torch.Generator) -> None:
             nn.init.zeros_(module.bias)
 
 
-def position_shapes(
-    blocks: tuple[int, ...], width: int, input_size: tuple[int, int]
-) -> list[tuple[str, tuple[int, int, int]]]:
+def position_shapes(blocks: tuple[int, ...], width: int, input_size: tuple[int, int]) -> list[tuple[str, Shape]]:
     """Names and shapes (C, H, W) of all positions, by arithmetic alone."""
     height, breadth = input_size
-    shapes = [("stem", (width, height, breadth))]
+    shapes: list[tuple[str, Shape]] = [("stem", (width, height, breadth))]
     for stage, count in enumerate(blocks):
         if stage > 0:
             height, breadth = -(-height // 2), -(-breadth // 2)

@@ -13,7 +13,7 @@ from fastsitch.kernels import stitch_functions
 from fastsitch.kernels.reference import gemm_weight
 from fastsitch.networks.folded import accumulation_dtype
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.geometry import Geometry, Shape
+from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules, Shape
 
 _ALIGNMENT = 64
 """Every stack starts at a multiple of so many elements, so that kernels may load 16 bytes at a time."""
@@ -37,9 +37,9 @@ class Stack:
 class StitchBank:
     """All stitches of a group: fp32 (or fp64) masters, their gradients, and a copy in the compute dtype, ``dtype``.
 
-    ``kernel`` names the implementation of the stitch operator. ``cells`` (read it after construction) is the order of
-    the receiver's batch: by receiver position, within one position by geometry. ``parameters`` is the flat master
-    tensor that the optimizer owns.
+    ``kernel`` names the implementation of the stitch operator, ``rules`` says what shapes leave open. ``cells`` (read
+    it after construction) is the order of the receiver's batch: by receiver position, within one position by geometry.
+    ``parameters`` is the flat master tensor that the optimizer owns.
     """
 
     def __init__(
@@ -51,11 +51,12 @@ class StitchBank:
         dtype: torch.dtype,
         device: torch.device,
         kernel: str = "torch",
+        rules: Rules = DEFAULT_RULES,
     ) -> None:
         self.kernel = kernel
         self.dtype = dtype
         self._apply, self._differentiate = stitch_functions(kernel)
-        layout = _layout(cells, sender, receiver)
+        layout = _layout(cells, sender, receiver, rules)
         sizes = [len(group) * geometry.parameters for _, geometry, group in layout]
         starts, total = [], 0
         for size in sizes:
@@ -106,7 +107,7 @@ class StitchBank:
         start = 0
         for stack in self.stacks.get(j, ()):
             end = start + len(stack.cells)
-            x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down, self.kernel)
+            x, index, down, up = self._operand(stack.geometry, batch)
             self._apply(
                 x,
                 stack.weight_KFD,
@@ -115,7 +116,7 @@ class StitchBank:
                 stack.source,
                 index,
                 down=down,
-                up=stack.geometry.up,
+                up=up,
             )
             start = end
 
@@ -124,7 +125,7 @@ class StitchBank:
         start = 0
         for stack in self.stacks.get(j, ()):
             end = start + len(stack.cells)
-            x, index, down = batch.operand(stack.geometry.sender, stack.geometry.down, self.kernel)
+            x, index, down, up = self._operand(stack.geometry, batch)
             self._differentiate(
                 x,
                 g_KBPQD[start:end],
@@ -133,9 +134,15 @@ class StitchBank:
                 stack.source,
                 index,
                 down=down,
-                up=stack.geometry.up,
+                up=up,
             )
             start = end
+
+    def _operand(self, geometry: Geometry, batch: Batch) -> tuple[Tensor, Tensor | None, int, int]:
+        """What the operator gets as x, index, down and up."""
+        if geometry.alignment is not None:
+            return batch.aligned(geometry.alignment), None, 1, 1
+        return *batch.operand(geometry.sender, geometry.down, self.kernel), geometry.up
 
     def stitches(self) -> Mapping[Cell, tuple[Tensor, Tensor]]:
         """Per cell the master weight (F, D) and bias (D,), copied to the CPU."""
@@ -172,12 +179,12 @@ def initial_stitch(cell: Cell, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 
 def _layout(
-    cells: Sequence[Cell], sender: Sequence[Shape], receiver: Sequence[Shape]
+    cells: Sequence[Cell], sender: Sequence[Shape], receiver: Sequence[Shape], rules: Rules
 ) -> list[tuple[int, Geometry, list[Cell]]]:
     """Cells by receiver position, then by geometry in the order of the sender's positions, then sorted."""
     groups: dict[tuple[int, Geometry], list[Cell]] = {}
     for cell in sorted(cells, key=lambda cell: (cell.j, cell.i, cell.unit)):
-        geometry = Geometry.between(sender[cell.i], receiver[cell.j])
+        geometry = Geometry.between(sender[cell.i], receiver[cell.j], rules)
         groups.setdefault((cell.j, geometry), []).append(cell)
     return [(j, geometry, group) for (j, geometry), group in groups.items()]
 

@@ -4,7 +4,6 @@ The batch grows on the way: what left block j, then the outputs of the stitches 
 block j+1. One forward and one backward pass serve every cell of a group.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from fastsitch.networks.blocks import Saved
 from fastsitch.networks.frozen import FrozenReceiver
+from fastsitch.networks.layout import elements, stored_size
 
 Fill = Callable[[int, Tensor], None]
 """fill(j, out_KBPQD): write the outputs of the stitches into position j."""
@@ -85,14 +85,13 @@ class Cascade:
     def _buffers(self, *, reuse: bool) -> list[Tensor]:
         """One buffer per position; with ``reuse`` every other position has the same memory."""
         receiver = self.receiver
-        shapes = [position.shape for position in receiver.positions]
         room = [-(-end * self.images // receiver.micro_batch) * receiver.micro_batch for end in self.ends]
-        sizes = [samples * math.prod(shape) for samples, shape in zip(room, shapes, strict=True)]
+        sizes = [samples * elements(position.rows) for samples, position in zip(room, receiver.positions, strict=True)]
         memory = [_empty(max(sizes[first::2], default=0), receiver) for first in (range(2) if reuse else ())]
         buffers = []
-        for j, (samples, (channels, height, width)) in enumerate(zip(room, shapes, strict=True)):
+        for j, (samples, position) in enumerate(zip(room, receiver.positions, strict=True)):
             flat = memory[j % 2][: sizes[j]] if reuse else _empty(sizes[j], receiver)
-            buffers.append(flat.view(samples, height, width, channels).permute(0, 3, 1, 2))
+            buffers.append(position.to_raw(flat.view(samples, *stored_size(position.rows), position.rows[0])))
         return buffers
 
     def _samples(self, j: int) -> int:
@@ -105,7 +104,7 @@ class Cascade:
     def _slots(self, batch: Tensor, j: int) -> Tensor:
         """The part of the batch at position j that belongs to the stitches into it, as (K, B, P, Q, D)."""
         stitches = self.ends[j] - self.starts[j]
-        own = batch.permute(0, 2, 3, 1)[self.starts[j] * self.images : self._samples(j)]
+        own = self.receiver.positions[j].to_rows(batch)[self.starts[j] * self.images : self._samples(j)]
         return torch.unflatten(own, 0, (stitches, self.images))
 
 

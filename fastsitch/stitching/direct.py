@@ -1,5 +1,6 @@
 """Errors of stitches by a direct pass over images: every output is compared with the expected value, in fp64."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -8,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastsitch.activations.ordered import OrderedSplit
-from fastsitch.kernels import space_to_depth
-from fastsitch.stitching.geometry import Geometry
+from fastsitch.networks.layout import stored_size
+from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules, Shape
 from fastsitch.stitching.moments import require_same_images
 from fastsitch.stitching.products import ExpectedRows, Size, chunk_images
 
@@ -35,6 +36,8 @@ def direct_errors(
     receiver: OrderedSplit,
     stitches: Mapping[tuple[int, int], Sequence[Stitch]],
     report: Callable[[int, int], None] | None = None,
+    *,
+    rules: Rules = DEFAULT_RULES,
 ) -> DirectErrors:
     """Run the stitches of all cells (i, j) of a pair, as many for each, over all images of a split.
 
@@ -47,7 +50,7 @@ def direct_errors(
     expected = ExpectedRows(receiver, device)
     sizes = list(dict.fromkeys(shape[1:] for shape in receiver.shapes))
     together = [
-        _Together(i, shape, size, receiver, stitches, device)
+        _Together(i, shape, size, receiver, stitches, rules, device)
         for (i, shape), size in product(enumerate(sender.shapes), sizes)
     ]
     for start in range(0, images, step):
@@ -62,8 +65,8 @@ def direct_errors(
     distance, variance = torch.zeros_like(error), torch.zeros(len(receiver.shapes), dtype=torch.float64)
     for own in together:
         for j in own.positions:
-            columns, (channels, height, width) = expected.columns[j], receiver.shapes[j]
-            values = images * height * width
+            columns, channels = expected.columns[j], receiver.shapes[j][0]
+            values = images * math.prod(stored_size(receiver.shapes[j]))
             error[:, own.i, j] = own.error_SD[:, columns].sum(1).cpu() / (values * channels)
             distance[:, own.i, j] = own.distance_SD[:, columns].sum(1).cpu() / (values * channels)
             sum_D, squares_D = (total[own.size][columns] for total in (expected.sum_D, expected.squares_D))
@@ -77,17 +80,20 @@ class _Together:
     def __init__(
         self,
         i: int,
-        shape: tuple[int, int, int],
+        shape: Shape,
         size: Size,
         receiver: OrderedSplit,
         stitches: Mapping[tuple[int, int], Sequence[Stitch]],
+        rules: Rules,
         device: torch.device,
     ) -> None:
         self.i = i
         self.size = size
         self.positions = [j for j, own in enumerate(receiver.shapes) if own[1:] == size]
-        geometry = Geometry.between(shape, receiver.shapes[self.positions[0]])
-        self.down, self.up = geometry.down, geometry.up
+        target = receiver.shapes[self.positions[0]]
+        self.geometry = Geometry.between(shape, target, rules)
+        self.up = self.geometry.up
+        self._rows = tuple(extent // self.up for extent in stored_size(target))
         several = range(len(stitches[i, self.positions[0]]))
 
         def beside(part: int) -> Tensor:
@@ -101,8 +107,8 @@ class _Together:
 
     def add(self, x_NHWC: Tensor, expected: ExpectedRows) -> None:
         """Add a chunk, the one that ``expected`` holds."""
-        x_MF = space_to_depth(x_NHWC, self.down).flatten(0, 2).to(torch.float64)
-        height, width = (extent // self.up for extent in self.size)
+        x_MF = self.geometry.inputs(x_NHWC).flatten(0, 2).to(torch.float64)
+        height, width = self._rows
         # one row of outputs stands for up x up expected ones
         y = expected.rows(self.size, 1).view(-1, height, self.up, width, self.up, self._bias_SD.shape[1])
         first_MD = None

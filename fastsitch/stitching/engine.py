@@ -18,6 +18,7 @@ from fastsitch.networks.frozen import FrozenReceiver, Receiver, Statistics
 from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade, cross_entropy
 from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.geometry import DEFAULT_RULES, Rules
 from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.preconditioner import Preconditioner
 from fastsitch.stitching.schedule import stitch_schedule
@@ -80,18 +81,19 @@ def train_group(
     *,
     kernel: str = "torch",
     init: Mapping[Cell, Matched] | None = None,
+    rules: Rules = DEFAULT_RULES,
     report: Callable[[StepReport], None] | None = None,
 ) -> dict[Cell, CellResult]:
     """Train ``cells`` together, then evaluate them on the whole test set.
 
     All cells share the receiver, the sender (``source``) and the order of images. Results do not depend on which
     other cells are in the group. The receiver's dtype is the compute dtype, ``kernel`` the implementation of the
-    stitch operator (``torch`` or ``triton``). Cells in ``init`` start from their matched stitch instead of a random
-    one; the preconditioned optimizer needs all cells in it. With a BatchStatisticsNetwork as receiver, BatchNorm uses
-    batch statistics per stitch in training, and the stitch's own running statistics on the test set. Raises
-    ConfigError when there are fewer training images than one batch.
+    stitch operator (``torch`` or ``triton``); ``rules`` say what shapes leave open. Cells in ``init`` start from their
+    matched stitch instead of a random one; the preconditioned optimizer needs all cells in it. With a
+    BatchStatisticsNetwork as receiver, BatchNorm uses batch statistics per stitch in training, and the stitch's own
+    running statistics on the test set. Raises ConfigError when there are fewer training images than one batch.
     """
-    bank = stitch_bank(receiver, source, cells, kernel)
+    bank = stitch_bank(receiver, source, cells, kernel, rules)
     if init is not None:
         _load(bank, init)
     preconditioner = None
@@ -111,12 +113,13 @@ def evaluate_matched(
     *,
     images: int,
     kernel: str = "torch",
+    rules: Rules = DEFAULT_RULES,
 ) -> dict[Cell, CellResult]:
     """Accuracy and loss of matched stitches on the whole test set, ``images`` at a time.
 
     ``train_loss`` is their matched error.
     """
-    bank = stitch_bank(receiver, source, list(matched), kernel)
+    bank = stitch_bank(receiver, source, list(matched), kernel, rules)
     _load(bank, matched)
     errors = torch.tensor([matched[cell].error for cell in bank.cells], dtype=torch.float64, device=receiver.device)
     own = receiver.for_stitches(bank.counts)
@@ -131,6 +134,7 @@ def evaluate_with_statistics(
     *,
     images: int,
     kernel: str = "torch",
+    rules: Rules = DEFAULT_RULES,
 ) -> dict[Cell, float]:
     """Accuracy of given stitches on the whole test set in a receiver whose BatchNorm uses given running statistics.
 
@@ -144,7 +148,7 @@ def evaluate_with_statistics(
         raise ConfigError(
             f"no running statistics for cell ({missing[0].i}, {missing[0].j}): expected those of every cell"
         )
-    bank = stitch_bank(receiver, source, list(stitches), kernel)
+    bank = stitch_bank(receiver, source, list(stitches), kernel, rules)
     bank.load(stitches)
     own = receiver.for_stitches(bank.counts)
     for k, cell in enumerate(bank.cells):
@@ -154,15 +158,18 @@ def evaluate_with_statistics(
     return dict(zip(bank.cells, values, strict=True))
 
 
-def stitch_bank(receiver: Receiver, source: Source, cells: Sequence[Cell], kernel: str) -> StitchBank:
+def stitch_bank(
+    receiver: Receiver, source: Source, cells: Sequence[Cell], kernel: str, rules: Rules = DEFAULT_RULES
+) -> StitchBank:
     """The stitches of a group at their initial values, in the receiver's dtype."""
     return StitchBank(
         cells,
         source.shapes,
-        [position.shape for position in receiver.positions],
+        [position.rows for position in receiver.positions],
         dtype=receiver.dtype,
         device=receiver.device,
         kernel=kernel,
+        rules=rules,
     )
 
 

@@ -1,13 +1,14 @@
 """Sufficient statistics of matching, in fp64: all that an affine stitch's squared error depends on.
 
 For a sender position and a ratio k let X be the inputs of the stitch's GEMM, one row per cell at the stitch's own
-resolution; for a receiver position let Y be the expected representation, averaged over the u*u cells that share a row
-where the stitch upsamples. Kept are means and centred products: X'X of the inputs, shared by all receivers; X'Y of a
-cell; and the squares of the expected values before averaging. (With a 1 appended to X, X'X and X'Y hold the same.)
+resolution, or one per row of the receiver where the sender's are aligned with them first; for a receiver position let Y
+be the expected representation, averaged over the u*u cells that share a row where the stitch upsamples. Kept are means
+and centred products: X'X of the inputs, shared by all receivers; X'Y of a cell; and the squares of the expected values
+before averaging. (With a 1 appended to X, X'X and X'Y hold the same.)
 The moments of the inputs at a ratio follow from those at a multiple of it, so X'X is accumulated once per position.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.activations.source import SourceSplit
 from fastsitch.errors import ConfigError
-from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Operand, Rules
 from fastsitch.stitching.products import ExpectedRows, Products, chunk_images
 
 _STATISTICS_BYTES = 1 << 30
@@ -77,27 +78,39 @@ class CellMoments:
 class SenderMoments:
     """One sender's training images, and the moments of their inputs, computed once for all receivers.
 
-    ``passes`` counts how often moments of inputs were computed: once per sender position and ratio.
+    ``passes`` counts how often moments of inputs were computed: once per sender position and operand, a ratio or an
+    alignment. ``rules`` are those of the stitches.
     """
 
-    def __init__(self, split: OrderedSplit) -> None:
+    def __init__(self, split: OrderedSplit, rules: Rules = DEFAULT_RULES) -> None:
         self.split = split
+        self.rules = rules
         self.passes = 0
-        self._inputs: dict[tuple[int, int], Inputs] = {}
+        self._inputs: dict[tuple[int, Operand], Inputs] = {}
 
-    def follows(self, i: int, down: int) -> bool:
-        """Whether the moments at a ratio are known, or follow from those at a multiple of it."""
-        return any(position == i and known % down == 0 for position, known in self._inputs)
+    def follows(self, i: int, operand: Operand) -> bool:
+        """Whether the moments of an operand are known, or follow from those at a multiple of its ratio."""
+        return _follows(self._inputs, i, operand)
 
-    def inputs(self, i: int, down: int) -> Inputs:
-        if (i, down) not in self._inputs:
-            multiple = min(known for position, known in self._inputs if position == i and known % down == 0)
-            self.keep(i, down, _at_smaller_ratio(self._inputs[i, multiple], multiple, down))
-        return self._inputs[i, down]
+    def inputs(self, i: int, operand: Operand) -> Inputs:
+        if (i, operand) not in self._inputs:
+            assert isinstance(operand, int)
+            known = [own for position, own in self._inputs if position == i and isinstance(own, int)]
+            multiple = min(own for own in known if own % operand == 0)
+            self.keep(i, operand, _at_smaller_ratio(self._inputs[i, multiple], multiple, operand))
+        return self._inputs[i, operand]
 
-    def keep(self, i: int, down: int, inputs: Inputs) -> None:
+    def keep(self, i: int, operand: Operand, inputs: Inputs) -> None:
         self.passes += 1
-        self._inputs[i, down] = inputs
+        self._inputs[i, operand] = inputs
+
+
+def _follows(known: Iterable[tuple[int, Operand]], i: int, operand: Operand) -> bool:
+    """Whether an operand at a sender position is among those known, or its ratio divides one of theirs."""
+    return any(
+        position == i and (own == operand or (isinstance(own, int) and isinstance(operand, int) and own % operand == 0))
+        for position, own in known
+    )
 
 
 def _at_smaller_ratio(inputs: Inputs, down: int, smaller: int) -> Inputs:
@@ -129,7 +142,7 @@ def pair_moments(
     split = sender.split
     require_same_images(split, receiver)
     geometries = {
-        (i, j): Geometry.between(origin, target)
+        (i, j): Geometry.between(origin, target, sender.rules)
         for (i, origin), (j, target) in product(enumerate(split.shapes), enumerate(receiver.shapes))
     }
     images, device = len(split.labels), split.labels.device
@@ -158,8 +171,8 @@ def _centred(products: Products, sender: SenderMoments, expected: ExpectedRows) 
     if products.products_FF is not None:
         assert products.shift_F is not None
         scatter_FF = _mirrored(products.products_FF.addr_(sum_F, sum_F, alpha=-1 / rows))
-        sender.keep(i, products.down, Inputs(rows, products.shift_F + sum_F / rows, scatter_FF))
-    inputs = sender.inputs(i, products.down)
+        sender.keep(i, products.operand, Inputs(rows, products.shift_F + sum_F / rows, scatter_FF))
+    inputs = sender.inputs(i, products.operand)
     offset_D = {size: expected.sum_D[size] / (rows * up**2) for size, up in products.up.items()}
     for size, offset in offset_D.items():
         products.cross[size].addr_(sum_F, offset, alpha=-1)
@@ -182,25 +195,30 @@ def _mirrored(products_FF: Tensor) -> Tensor:
 
 def _passes(sender: SenderMoments, geometries: Mapping[tuple[int, int], Geometry]) -> Iterator[list[Products]]:
     """All products, as many at a time as fit into the memory set aside for them."""
-    targets: dict[tuple[int, int], dict[int, Geometry]] = {}
+    targets: dict[tuple[int, Operand], dict[int, Geometry]] = {}
     for (i, j), geometry in geometries.items():
-        targets.setdefault((i, geometry.down), {})[j] = geometry
+        targets.setdefault((i, geometry.operand), {})[j] = geometry
     together: list[Products] = []
     taken = 0
-    accumulated: set[tuple[int, int]] = set()
+    accumulated: set[tuple[int, Operand]] = set()
     # the largest ratio first: the moments of the inputs at its divisors follow from it
-    for (i, down), members in sorted(targets.items(), key=lambda entry: (entry[0][0], -entry[0][1])):
-        own = not sender.follows(i, down) and not any(known % down == 0 for at, known in accumulated if at == i)
+    for (i, operand), members in sorted(targets.items(), key=lambda entry: (entry[0][0], _order(entry[0][1]))):
+        own = not sender.follows(i, operand) and not _follows(accumulated, i, operand)
         features = next(iter(members.values())).features
         size = 8 * features * (features * own + sum(geometry.receiver[0] for geometry in members.values()))
         if together and taken + size > _STATISTICS_BYTES:
             yield together
             together, taken = [], 0
         if own:
-            accumulated.add((i, down))
-        together.append(Products(i, down, members, own=own, device=sender.split.labels.device))
+            accumulated.add((i, operand))
+        together.append(Products(i, operand, members, own=own, device=sender.split.labels.device))
         taken += size
     yield together
+
+
+def _order(operand: Operand) -> int:
+    """Alignments last, ratios from the largest on."""
+    return -operand if isinstance(operand, int) else 0
 
 
 def _at_least_0(error: float) -> float:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from fastsitch.activations.live import PASS_IMAGES
 from fastsitch.activations.ordered import OrderedSplit
-from fastsitch.kernels import space_to_depth
-from fastsitch.stitching.geometry import Geometry
+from fastsitch.networks.layout import stored_size
+from fastsitch.stitching.geometry import Geometry, Operand, stitch_inputs
 
-Size = tuple[int, int]
-"""Rows and columns of a representation."""
+Size = tuple[int, ...]
+"""A shape without its channels: rows and columns of a map; see :mod:`fastsitch.networks.layout`."""
 
 _STRIPES, _LEAST_STRIPE = 8, 64
 """X'X is symmetric: it is computed in stripes of rows, each from its diagonal on."""
@@ -62,7 +62,8 @@ class ExpectedRows:
         for size in sizes:
             members = self._positions[size]
             if size not in self._buffers:
-                shape = (stop - start, *size, self.columns[members[-1]].stop)
+                stored = stored_size(self._split.shapes[members[0]])
+                shape = (stop - start, *stored, self.columns[members[-1]].stop)
                 self._buffers[size] = torch.empty(shape, dtype=torch.float64, device=self._device)
             y_NPQD = self._buffers[size][: stop - start]
             for j in members:
@@ -85,16 +86,19 @@ class ExpectedRows:
 
 
 class Products:
-    """The running products of one sender position and ratio with themselves (where wanted) and the expected rows.
+    """The running products of one sender position and operand with themselves (where wanted) and the expected rows.
 
     ``rows``, ``shift_F``, ``sum_F``, ``products_FF`` (on and above the diagonal) and ``cross`` (F, D) per receiver
     size are the result, before centring.
     """
 
-    def __init__(self, i: int, down: int, targets: Mapping[int, Geometry], *, own: bool, device: torch.device) -> None:
+    def __init__(
+        self, i: int, operand: Operand, targets: Mapping[int, Geometry], *, own: bool, device: torch.device
+    ) -> None:
         self.i = i
-        self.down = down
+        self.operand = operand
         self.targets = targets
+        self._sender = next(iter(targets.values())).sender
         self.up: dict[Size, int] = {geometry.receiver[1:]: geometry.up for geometry in targets.values()}
         features = next(iter(targets.values())).features
 
@@ -114,7 +118,7 @@ class Products:
 
     def add(self, x_NHWC: Tensor, expected: ExpectedRows) -> None:
         """Add a chunk, the one that ``expected`` holds; the first one has the most images."""
-        provided_MF = space_to_depth(x_NHWC, self.down).flatten(0, 2)
+        provided_MF = stitch_inputs(x_NHWC, self._sender, self.operand).flatten(0, 2)
         if self.shift_F is None:
             self.shift_F = provided_MF.mean(0, dtype=torch.float64)
             self._buffer = torch.empty_like(provided_MF, dtype=torch.float64)

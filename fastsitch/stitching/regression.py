@@ -1,6 +1,5 @@
 """Matched stitches by training: SGD on the squared error to the expected representation, the published way."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,6 +9,7 @@ from fastsitch.activations.batch import Batch
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.source import Source
 from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.layout import elements
 from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.engine import (
@@ -20,7 +20,7 @@ from fastsitch.stitching.engine import (
     stitch_bank,
     train_epochs,
 )
-from fastsitch.stitching.geometry import Shape
+from fastsitch.stitching.geometry import DEFAULT_RULES, Rules, Shape
 from fastsitch.stitching.moments import require_same_images
 
 
@@ -33,6 +33,7 @@ def regress_group(
     order: ImageOrder,
     *,
     kernel: str = "torch",
+    rules: Rules = DEFAULT_RULES,
     report: Callable[[StepReport], None] | None = None,
 ) -> dict[Cell, CellResult]:
     """Train ``cells`` together to the receiver's own representations (``expected``), then evaluate them in it.
@@ -42,7 +43,7 @@ def regress_group(
     Raises ConfigError when the two sources do not hold the same images, or fewer than one batch of them.
     """
     require_same_images(source.train, expected.train)
-    bank = stitch_bank(receiver, source, cells, kernel)
+    bank = stitch_bank(receiver, source, cells, kernel, rules)
     regression = Regression(bank, expected.shapes, recipe.batch_size)
 
     def draw(source: Source, epoch: int) -> Iterable[Batch]:
@@ -70,7 +71,7 @@ class Regression:
         self._shapes = list(shapes)
         # a representation lies among those of the same shape
         self._places = [self._shapes[:j].count(shape) for j, shape in enumerate(self._shapes)]
-        sizes = [count * images * math.prod(shape) for count, shape in zip(bank.counts, self._shapes, strict=True)]
+        sizes = [count * images * elements(shape) for count, shape in zip(bank.counts, self._shapes, strict=True)]
         self._memory = torch.empty(max(sizes), dtype=bank.dtype, device=bank.parameters.device)
 
     def step(self, batch: Batch, expected: Batch, optimizer: torch.optim.Optimizer) -> Tensor:

@@ -9,6 +9,7 @@ from fastsitch.activations.stream_plan import stream_capacity
 from fastsitch.activations.streamed import READ_AHEAD
 from fastsitch.activations.writer import leftover_bytes
 from fastsitch.errors import ConfigError, MemoryLimitError
+from fastsitch.networks import layout
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.sweep.config import SweepConfig
@@ -143,7 +144,7 @@ def choose_source(
 
 def elements(shapes: Sequence[Shape]) -> int:
     """Values of one image at all positions."""
-    return sum(channels * height * width for channels, height, width in shapes)
+    return sum(map(layout.elements, shapes))
 
 
 def _size(size: float) -> str:

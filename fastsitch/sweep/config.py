@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from operator import index
 from typing import Any
 
+from fastsitch.activations.alignment import CLASS_TOKENS, RESAMPLINGS
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.source import SOURCES
 from fastsitch.data import DEFAULT_DATASET, canonical_dataset
@@ -15,6 +16,7 @@ from fastsitch.kernels import KERNELS
 from fastsitch.machine import COMPILE, DTYPES
 from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.engine import TrainingRecipe
+from fastsitch.stitching.geometry import DEFAULT_RULES, Rules
 
 SETTINGS = ("T2T", "T2R", "R2T", "R2R")
 """Trained (T) or randomly initialised (R) sender, then receiver."""
@@ -84,6 +86,10 @@ class SweepConfig:
     """Consecutive images that stay together in the first level of shuffling."""
     window: int = ImageOrder.window
     """Images that are shuffled among each other in the second level."""
+    resample: str = DEFAULT_RULES.resample
+    """How grids whose sizes are no multiples of each other are joined."""
+    class_token: str = DEFAULT_RULES.class_token
+    """What becomes the class token of a receiver that has one."""
 
     def __post_init__(self) -> None:
         for role, names in (("senders", self.senders), ("receivers", self.receivers)):
@@ -139,6 +145,10 @@ class SweepConfig:
             raise ConfigError(f"--kernel {self.kernel}: expected one of {', '.join(KERNELS)}")
         if self.source not in SOURCES:
             raise ConfigError(f"--source {self.source}: expected one of {', '.join(SOURCES)}")
+        if self.resample not in RESAMPLINGS:
+            raise ConfigError(f"--resample {self.resample}: expected one of {', '.join(RESAMPLINGS)}")
+        if self.class_token not in CLASS_TOKENS:
+            raise ConfigError(f"--class-token {self.class_token}: expected one of {', '.join(CLASS_TOKENS)}")
         if self.augments and self.source not in ("auto", "live"):
             raise ConfigError(
                 f"--source {self.source}: recipe {recipe.name} shows new views of the images in every epoch, "
@@ -146,7 +156,9 @@ class SweepConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As it is hashed and kept with a run; rules that are the default are left out, as in runs without any."""
+        plain = asdict(DEFAULT_RULES)
+        return {key: value for key, value in asdict(self).items() if key not in plain or value != plain[key]}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "SweepConfig":
@@ -157,6 +169,11 @@ class SweepConfig:
     @property
     def hash(self) -> str:
         return stable_hash(self.to_dict())
+
+    @property
+    def rules(self) -> Rules:
+        """What stitches do where representations of two kinds leave a choice."""
+        return Rules(resample=self.resample, class_token=self.class_token)
 
     @property
     def augments(self) -> bool:

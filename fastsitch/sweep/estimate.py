@@ -18,7 +18,7 @@ from fastsitch.networks.checkpoint import namesake, read_record
 from fastsitch.networks.names import BLOCKS, NetworkName
 from fastsitch.networks.resnet import position_shapes
 from fastsitch.root import Root
-from fastsitch.stitching.geometry import Geometry, Shape
+from fastsitch.stitching.geometry import Geometry, Operand, Rules, Shape
 from fastsitch.stitching.schedule import training_steps
 from fastsitch.sweep.choose_source import choose_source, source_costs
 from fastsitch.sweep.config import SweepConfig
@@ -132,6 +132,7 @@ def estimate_sweep(
         config.recipe.batch_size,
         config.receiver_bn,
         regresses=config.regresses,
+        rules=config.rules,
     )
     estimates: list[UnitEstimate] = []
     step_memory = 0
@@ -142,14 +143,14 @@ def estimate_sweep(
         cells = [(cell.i, cell.j) for cell in groups[0]]
         held = 0
         if config.solves:
-            held = matching_memory(sender, receiver, preconditioned=config.preconditions)
+            held = matching_memory(sender, receiver, preconditioned=config.preconditions, rules=config.rules)
         step_memory = max(step_memory, group_memory(cells, sender, receiver, kind) + held)
         exact = 0.0
         if config.regresses:
-            exact = _direct_flops(sender, receiver, data.train)
+            exact = _direct_flops(sender, receiver, data.train, config.rules)
         if config.solves:
             shared = [(planned.sender,), (planned.sender, planned.receiver)]
-            parts = zip(shared, _matching_flops(sender, receiver, data.train), strict=True)
+            parts = zip(shared, _matching_flops(sender, receiver, data.train, config.rules), strict=True)
             exact = sum(flops for key, flops in parts if key not in counted)
             counted.update(shared)
         unit = _unit(planned, sender, receiver, len(groups), config, data, exact)
@@ -195,7 +196,7 @@ def _unit(
     for j, target in enumerate(receiver):
         behind = sum(blocks[j:])
         for origin in sender:
-            geometry = Geometry.between(origin, target)
+            geometry = Geometry.between(origin, target, config.rules)
             kinds[geometry.kind] += 1
             parameters += geometry.parameters
             stitch = 2 * geometry.rows * geometry.features * target[0]
@@ -224,22 +225,22 @@ def forward_flops(name: NetworkName, shapes: list[Shape]) -> float:
     return 2.0 * height * width * channels * 27 + sum(_block_flops(BLOCKS[name.architecture], shapes))
 
 
-def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int) -> tuple[float, float]:
+def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int, rules: Rules) -> tuple[float, float]:
     """FLOPs of the sender's own statistics, half of them saved by symmetry, and of those of the pair."""
-    own: dict[tuple[int, int], float] = {}
+    own: dict[tuple[int, Operand], float] = {}
     pair = 0.0
     for i, origin in enumerate(sender):
         for target in receiver:
-            geometry = Geometry.between(origin, target)
+            geometry = Geometry.between(origin, target, rules)
             rows = float(images * geometry.rows)
-            own[i, geometry.down] = rows * geometry.features**2
+            own[i, geometry.operand] = rows * geometry.features**2
             pair += 2 * rows * geometry.features * target[0]
     return sum(own.values()), pair
 
 
-def _direct_flops(sender: list[Shape], receiver: list[Shape], images: int) -> float:
+def _direct_flops(sender: list[Shape], receiver: list[Shape], images: int, rules: Rules) -> float:
     """FLOPs of comparing all stitches of a pair with the expected representation."""
-    geometries = [Geometry.between(origin, target) for origin in sender for target in receiver]
+    geometries = [Geometry.between(origin, target, rules) for origin in sender for target in receiver]
     return sum(2.0 * images * own.rows * own.features * own.receiver[0] for own in geometries)
 
 

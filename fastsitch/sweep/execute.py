@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.direct import direct_errors
 from fastsitch.stitching.engine import DONE, CellResult, StepReport, evaluate_matched, train_group
-from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.geometry import Geometry, Rules
 from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.regression import regress_group
 from fastsitch.sweep.config import SweepConfig, checked_run_name
@@ -96,7 +97,7 @@ def run_sweep(
         network: networks.describe(network)
         for network in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver))
     }
-    _check_geometries(units, inputs)
+    _check_geometries(units, inputs, config.rules)
     path = root.run(config.dataset, name)
     finished = _existing_run(path, config, inputs, dataset, torch_device)
     source = "live" if config.augments else config.source if finished is None else finished.resolved.source
@@ -163,7 +164,7 @@ class _Execution:
         """All missing units of one sender, whose representations are let go before those of the next one come."""
         source, ordered, origin = self.representations.sender(name)
         origin.require_same(self.run, "store_hash", self._done(lambda planned: planned.sender == name))
-        stitches = MatchedStitches(ordered)
+        stitches = MatchedStitches(ordered, self.run.config.rules)
         receivers = ExpectedSources(self.representations, name, source, ordered, origin)
         for planned in units:
             if self.run.config.regresses:
@@ -190,7 +191,7 @@ class _Execution:
         self._require_same_receiver(origin, planned.receiver)
         results = self._train(planned, source, None, expected)
         stitches = {(cell.i, cell.j): [(own.weight_FD, own.bias_D)] for cell, own in results.items()}
-        error = direct_errors(ordered, expected_ordered, stitches).error[0]
+        error = direct_errors(ordered, expected_ordered, stitches, rules=self.run.config.rules).error[0]
         return {
             cell: replace(own, matched_error=error[cell.i, cell.j].item() if own.status == DONE else float("nan"))
             for cell, own in results.items()
@@ -219,24 +220,21 @@ class _Execution:
         receiver = self.networks.receiver(planned.receiver, resolved, config.receiver_bn)
         cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
         order = ImageOrder(seed=planned.unit.seed, block=config.block, window=config.window)
+        how: dict[str, Any] = {"kernel": resolved.kernel, "rules": config.rules}
         done = 0
 
         def train(group: list[Cell]) -> dict[Cell, CellResult]:
             nonlocal done
             if expected is not None:
                 assert isinstance(receiver, FrozenNetwork), "batch statistics are for the task loss"
-                results = regress_group(
-                    receiver, source, expected, group, config.recipe, order, kernel=resolved.kernel, report=tell
-                )
+                results = regress_group(receiver, source, expected, group, config.recipe, order, report=tell, **how)
             elif config.loss == "match":
                 assert matched is not None
                 own = {cell: matched[cell] for cell in group}
                 images = 2 * config.recipe.batch_size
-                results = evaluate_matched(receiver, source, own, images=images, kernel=resolved.kernel)
+                results = evaluate_matched(receiver, source, own, images=images, **how)
             else:
-                results = train_group(
-                    receiver, source, group, config.recipe, order, kernel=resolved.kernel, init=matched, report=tell
-                )
+                results = train_group(receiver, source, group, config.recipe, order, init=matched, report=tell, **how)
             done += len(group)
             return results
 
@@ -291,7 +289,7 @@ class _Networks:
             test = self.dataset.test.to(self._device)
             accuracy, _ = evaluate_network(chain, test, network.record.normalisation)
             chain.cpu()
-        positions = tuple((position.name, position.shape) for position in network.chain.positions)
+        positions = tuple((position.name, position.rows) for position in network.chain.positions)
         return NetworkInput(
             weights_hash=network.record.weights_hash,
             width=network.record.width,
@@ -375,11 +373,11 @@ def _new_run(
     return Run.create(path, config, resolved, inputs, networks.dataset.hash)
 
 
-def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput]) -> None:
+def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput], rules: Rules) -> None:
     for planned in units:
         for _, sender in inputs[planned.sender].positions:
             for _, receiver in inputs[planned.receiver].positions:
-                Geometry.between(sender, receiver)
+                Geometry.between(sender, receiver, rules)
 
 
 def _describe(resolved: Resolved) -> str:

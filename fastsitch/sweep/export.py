@@ -62,6 +62,7 @@ def _sidecar(run: Run, sender: str, receiver: str, setting: str) -> dict[str, An
         "loss": config.loss,
         "init": config.init,
         "receiver_bn": config.receiver_bn,
+        "rules": asdict(config.rules),
         **({"matching": _matching(config)} if config.matches else {}),
         "seeds": list(config.seeds),
         "recipe": asdict(config.recipe),

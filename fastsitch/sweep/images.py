@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,11 +25,13 @@ from fastsitch.machine import DTYPES, available_memory, configure, resolve_devic
 from fastsitch.networks.checkpoint import Network, load_network, require_fit
 from fastsitch.networks.compiled import compile_blocks
 from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.layout import grid_rows
 from fastsitch.networks.names import NetworkName
+from fastsitch.networks.position import Position
 from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.engine import CellResult, StepReport, evaluate_matched, train_group
-from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules, Shape
 from fastsitch.stitching.matching import match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
 from fastsitch.sweep.choose_source import source_costs
@@ -205,7 +208,7 @@ class _Images:
         missing = [planned for planned in units if planned not in stitches]
         for name, group in groupby(missing, key=lambda planned: planned.sender):
             source, ordered, origin = self.representations.sender(name)
-            moments = SenderMoments(ordered)
+            moments = SenderMoments(ordered, self.run.config.rules)
             for planned in group:
                 finished = sum(map(self._positions, stitches))
 
@@ -221,7 +224,8 @@ class _Images:
         self, planned: PlannedUnit, source: Source, moments: SenderMoments, tell: Callable[[float], None]
     ) -> InputStitches:
         """The stitches of all sender positions, trained together, and matched."""
-        config, kernel = self.run.config, self.run.resolved.kernel
+        config = self.run.config
+        how: dict[str, Any] = {"kernel": self.run.resolved.kernel, "rules": config.rules}
         receiver = self._receiver(planned.receiver)
         normalisation = self.load(planned.receiver).record.normalisation
         expected = NormalisedImages(self.dataset.train, normalisation, self.device)
@@ -238,30 +242,30 @@ class _Images:
             def step(own: StepReport) -> None:
                 tell(done + own.cells * own.step / own.steps)
 
-            results = train_group(receiver, source, group, config.recipe, order, kernel=kernel, init=init, report=step)
+            results = train_group(receiver, source, group, config.recipe, order, init=init, report=step, **how)
             done += len(group)
             return results
 
         def evaluate(group: list[Cell]) -> dict[Cell, CellResult]:
             own = {cell: matched[cell] for cell in group}
-            results = evaluate_matched(receiver, source, own, images=2 * config.recipe.batch_size, kernel=kernel)
+            results = evaluate_matched(receiver, source, own, images=2 * config.recipe.batch_size, **how)
             return {
                 # as they were solved for, not as the receiver's dtype rounds them
                 cell: replace(result, weight_FD=own[cell].weight_FD.cpu(), bias_D=own[cell].bias_D.cpu())
                 for cell, result in results.items()
             }
 
-        size = self._group_size(source.shapes, [position.shape for position in receiver.positions])
+        size = self._group_size(source.shapes, [position.rows for position in receiver.positions])
         vanilla, size = train_in_groups(cells, size, train)
         fitted, _ = train_in_groups(cells, size, evaluate)
         return {"vanilla": [vanilla[cell] for cell in cells], "matched": [fitted[cell] for cell in cells]}
 
-    def _group_size(self, sender: Sequence[tuple[int, int, int]], receiver: Sequence[tuple[int, int, int]]) -> int:
+    def _group_size(self, sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
         """The most stitches into the input whose training fits into memory together; at least 1."""
-        resolved = self.run.resolved
-        batch = self.run.config.recipe.batch_size
-        kind = StepKind.of(self.device, resolved.precision, resolved.kernel, resolved.compile, batch)
-        room = self.room - matching_memory(sender, receiver[:1], preconditioned=self.run.config.preconditions)
+        resolved, config = self.run.resolved, self.run.config
+        batch, rules = config.recipe.batch_size, config.rules
+        kind = StepKind.of(self.device, resolved.precision, resolved.kernel, resolved.compile, batch, rules=rules)
+        room = self.room - matching_memory(sender, receiver[:1], preconditioned=config.preconditions, rules=rules)
         cells = [(i, 0) for i in range(len(sender))]
         groups = 1
         while groups < len(cells) and group_memory(cells[::groups], sender, receiver, kind) > room:
@@ -273,12 +277,13 @@ class _Images:
         run, unit = self.run, planned.unit
         normalisation = self.load(planned.receiver).record.normalisation
         provided = self._provided(planned.sender, tuple(index))
+        positions, rules = self.load(planned.sender).chain.positions, run.config.rules
         generated, clamped = {}, {}
         for variant, results in stitches.items():
             pixels = torch.stack(
                 [
-                    normalisation.invert(generate(x, result, self.dataset.input_shape))
-                    for x, result in zip(provided, results, strict=True)
+                    normalisation.invert(generate(x, result, self.dataset.input_shape, position, rules))
+                    for x, result, position in zip(provided, results, positions, strict=True)
                 ]
             )
             outside = (pixels < 0) | (pixels > 1)
@@ -300,7 +305,7 @@ class _Images:
         )
 
     def _represent(self, name: NetworkName, index: tuple[int, ...]) -> list[Tensor]:
-        """Test images as a sender represents them, (n, C, H, W) in fp64 on the CPU, at every position."""
+        """Test images as a sender represents them, raw, in fp64 on the CPU, at every position."""
         test = self.dataset.test
         live = self.representations.live(name, Split(test.images[list(index)], test.labels[list(index)]))
         # one at a time: what is generated from an image does not depend on the others
@@ -325,16 +330,26 @@ class _Images:
         return len(self.run.networks[planned.sender].positions)
 
 
-def generate(x_NCHW: Tensor, stitch: CellResult, image: tuple[int, int, int]) -> Tensor:
-    """What a stitch into the input makes of representations: normalised images (N, C, H, W), in the dtype of x."""
-    channels, height, width = x_NCHW.shape[1:]
-    geometry = Geometry.between((channels, height, width), image)
+def generate(
+    x: Tensor,
+    stitch: CellResult,
+    image: tuple[int, int, int],
+    position: Position | None = None,
+    rules: Rules = DEFAULT_RULES,
+) -> Tensor:
+    """What a stitch into the input makes of raw representations: normalised images (N, C, H, W), in the dtype of x.
+
+    The representations are maps (N, C, H, W) without a ``position``.
+    """
+    position = position or Position(0, "", tuple(x.shape[1:]))
+    geometry = Geometry.between(position.rows, image, rules)
+    rows, aligned = position.to_rows(x), geometry.alignment is not None
     y_KNHWC = grouped_stitch_reference(
-        x_NCHW.permute(0, 2, 3, 1).unsqueeze(0),
-        stitch.weight_FD.to(x_NCHW).unsqueeze(0),
-        stitch.bias_D.to(x_NCHW).unsqueeze(0),
+        (geometry.inputs(rows) if aligned else grid_rows(rows, position.rows)).unsqueeze(0),
+        stitch.weight_FD.to(x).unsqueeze(0),
+        stitch.bias_D.to(x).unsqueeze(0),
         [0],
-        down=geometry.down,
+        down=1 if aligned else geometry.down,
         up=geometry.up,
     )
     return y_KNHWC[0].permute(0, 3, 1, 2)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.geometry import DEFAULT_RULES, Rules
 from fastsitch.stitching.matching import RIDGE, Matched, match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
 from fastsitch.sweep.plan import PlannedUnit
@@ -17,8 +18,8 @@ log = logging.getLogger(__name__)
 class MatchedStitches:
     """Matches one sender to receivers; what concerns the sender alone is computed for the first of them."""
 
-    def __init__(self, sender: OrderedSplit) -> None:
-        self._moments = SenderMoments(sender)
+    def __init__(self, sender: OrderedSplit, rules: Rules = DEFAULT_RULES) -> None:
+        self._moments = SenderMoments(sender, rules)
         self._receiver: NetworkName | None = None
         self._matched: dict[tuple[int, int], Matched] = {}
 

@@ -12,8 +12,9 @@ from fastsitch.errors import ConfigError
 from fastsitch.machine import DTYPES
 from fastsitch.networks.blocks import CHUNK_BYTES
 from fastsitch.networks.compiled import micro_batch
+from fastsitch.networks.layout import elements
 from fastsitch.networks.masks import mask_bytes
-from fastsitch.stitching.geometry import Geometry, Shape
+from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules, Shape
 
 _SHARE = {"cpu": 0.75, "cuda": 0.9}
 """Of the memory that is free, what a sweep may take where no budget is named: a CPU has other things to hold."""
@@ -41,6 +42,8 @@ class StepKind:
     """Whether the receiver's BatchNorm is not folded and keeps its inputs, in micro-batches of whole stitches."""
     regresses: bool = False
     """Whether stitches are trained on the expected representation: then the receiver only evaluates them."""
+    rules: Rules = DEFAULT_RULES
+    """What stitches do where shapes leave a choice."""
 
     @classmethod
     def of(
@@ -53,6 +56,7 @@ class StepKind:
         receiver_bn: str = "frozen",
         *,
         regresses: bool = False,
+        rules: Rules = DEFAULT_RULES,
     ) -> "StepKind":
         """That of a resolved configuration."""
         batch = receiver_bn == "batch"
@@ -65,6 +69,7 @@ class StepKind:
             gathers=kernel == "torch",
             batch_statistics=batch,
             regresses=regresses,
+            rules=rules,
         )
 
 
@@ -79,7 +84,7 @@ def group_memory(
     """
     counts = [sum(j == own for _, own in cells) for j in range(len(receiver))]
     ends = list(accumulate(counts))
-    sizes = [math.prod(shape) for shape in receiver]
+    sizes = [elements(shape) for shape in receiver]
     room = [-(-end * kind.images // kind.micro_batch) * kind.micro_batch for end in ends]
     buffers = [samples * size * kind.itemsize for samples, size in zip(room, sizes, strict=True)]
     carried = [0, *(end * kind.images for end in ends[:-1])]
@@ -113,15 +118,23 @@ def group_memory(
     )
 
 
-def matching_memory(sender: Sequence[Shape], receiver: Sequence[Shape], *, preconditioned: bool = False) -> int:
+def matching_memory(
+    sender: Sequence[Shape],
+    receiver: Sequence[Shape],
+    *,
+    preconditioned: bool = False,
+    rules: Rules = DEFAULT_RULES,
+) -> int:
     """Predicted bytes of matching a pair: products of the inputs, shared by all receivers, and twice those of cells.
 
     With a preconditioner also the inverses of the former, in fp32, and three copies of the largest while it is made.
     """
-    geometries = [(i, Geometry.between(origin, target)) for i, origin in enumerate(sender) for target in receiver]
-    inputs = {(i, geometry.features) for i, geometry in geometries}
+    geometries = [
+        (i, Geometry.between(origin, target, rules)) for i, origin in enumerate(sender) for target in receiver
+    ]
+    inputs = {(i, geometry.operand): geometry.features for i, geometry in geometries}
     cells = sum(geometry.features * geometry.receiver[0] for _, geometry in geometries)
-    squares = [features**2 for _, features in inputs]
+    squares = [features**2 for features in inputs.values()]
     inverses = 4 * sum(squares) + 3 * 8 * max(squares) if preconditioned else 0
     return 8 * (sum(squares) + 2 * cells) + inverses
 
@@ -180,7 +193,7 @@ def _parameters(
 ) -> int:
     """Masters, gradients and momentum in fp32, a copy in the compute dtype; on the CPU also the results."""
     master = max(4, kind.itemsize)
-    parameters = sum(Geometry.between(sender[i], receiver[j]).parameters for i, j in cells)
+    parameters = sum(Geometry.between(sender[i], receiver[j], kind.rules).parameters for i, j in cells)
     copies = (4 if kind.device == "cpu" else 3) * master
     return parameters * (copies + (kind.itemsize if kind.itemsize < master else 0))
 
@@ -188,12 +201,13 @@ def _parameters(
 def _inputs(
     cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
 ) -> int:
-    """The mini-batch at every resolution that some stitch reads it at."""
-    if not kind.gathers:
-        return 0
-    read = {(sender[i], Geometry.between(sender[i], receiver[j]).down) for i, j in cells}
-    read |= {(shape, 1) for shape, _ in read}
-    per_image = sum(sender.count(shape) * math.prod(shape) for shape, _ in read)
+    """The mini-batch at every resolution that some stitch reads it at, and on the rows that it is aligned with."""
+    geometries = {Geometry.between(sender[i], receiver[j], kind.rules) for i, j in cells}
+    aligned = {own.alignment for own in geometries if own.alignment is not None}
+    read = {(own.sender, own.down) for own in geometries if own.alignment is None and kind.gathers}
+    read |= {(shape, 1) for shape, _ in read} | {(own.sender, 1) for own in aligned}
+    per_image = sum(sender.count(shape) * elements(shape) for shape, _ in read)
+    per_image += sum(sender.count(own.sender) * own.rows * own.features for own in aligned if not own.whole)
     return per_image * kind.images * kind.itemsize
 
 

@@ -20,7 +20,7 @@ from fastsitch.sweep.results import Resolved
 log = logging.getLogger(__name__)
 
 Shapes = Mapping[NetworkName, Sequence[Shape]]
-"""Shapes (C, H, W) of the positions of every network in a sweep."""
+"""Shapes of the positions of every network in a sweep."""
 
 
 def resolve(
@@ -51,6 +51,7 @@ def resolve(
             config.recipe.batch_size,
             config.receiver_bn,
             regresses=config.regresses,
+            rules=config.rules,
         )
         fits = _largest_group(config, shapes, kind, budget - source.memory, named=memory != "auto")
     if config.group_size == "auto":
@@ -86,7 +87,8 @@ def _largest_group(config: SweepConfig, shapes: Shapes, kind: StepKind, room: in
     pairs = [(shapes[planned.sender], shapes[planned.receiver]) for planned in plan_units(config)]
     if config.solves:
         room -= max(
-            matching_memory(sender, receiver, preconditioned=config.preconditions) for sender, receiver in pairs
+            matching_memory(sender, receiver, preconditioned=config.preconditions, rules=config.rules)
+            for sender, receiver in pairs
         )
     needed = smallest_group_memory(pairs, kind)
     if named and needed > room:

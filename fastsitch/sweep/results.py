@@ -23,6 +23,7 @@ from fastsitch.errors import RunError
 from fastsitch.files import write_atomically, write_json, write_npz
 from fastsitch.identity import stable_hash
 from fastsitch.machine import versions
+from fastsitch.networks.layout import Shape
 from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import CellResult
@@ -50,12 +51,12 @@ class NetworkInput:
     weights_hash: str
     width: int
     accuracy: float
-    positions: tuple[tuple[str, tuple[int, int, int]], ...]
-    """Name and shape (C, H, W) of every position."""
+    positions: tuple[tuple[str, Shape], ...]
+    """Name and shape of every position: (C, H, W) for maps."""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "NetworkInput":
-        positions = tuple((name, (shape[0], shape[1], shape[2])) for name, shape in content["positions"])
+        positions = tuple((name, tuple(shape)) for name, shape in content["positions"])
         return cls(**{**content, "positions": positions})
 
 
@@ -156,7 +157,7 @@ class Run:
 
     def require(self, config: SweepConfig, networks: Mapping[NetworkName, NetworkInput], data_hash: str) -> None:
         """Raise RunError naming what differs when this run is not the one described."""
-        differing = _differences(self.config.to_dict(), config.to_dict())
+        differing = _differences(asdict(self.config), asdict(config))
         if differing:
             raise RunError(
                 f"run {self.name!r} has another configuration: {'; '.join(differing)}; use another --run name"

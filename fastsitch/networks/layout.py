@@ -1,0 +1,79 @@
+"""Representations of every kind as rows of channels on a grid.
+
+A *shape* describes the rows of one image:
+
+    (C, H, W)     a map, channels first or last; also tokens without a class token, on their grid of H x W
+    (C, H, W, T)  tokens on a grid of H x W behind T prefix tokens (class token, registers)
+    (C,)          a vector
+
+In memory they are (N, rows, columns, C), contiguous: (N, H, W, C), with prefix tokens (N, 1, T + H * W, C), for vectors
+(N, 1, 1, C). The raw tensor that a network uses is always a view of that.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+"""(C, H, W), (C, H, W, T) or (C,); see the module's docstring."""
+
+LAYOUTS = {"map": "(C, H, W)", "map-last": "(H, W, C)", "tokens": "(N, C)", "vector": "(C,)"}
+"""Every layout, and its raw shape without the batch."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a raw representation is to be read: one of LAYOUTS, prefix tokens, and the grid of the other tokens.
+
+    Without a ``grid`` (rows, columns) tokens lie on a square.
+    """
+
+    layout: str = "map"
+    prefix_tokens: int = 0
+    grid: tuple[int, int] | None = None
+
+    @classmethod
+    def of(cls, dimensions: int) -> "Layout | None":
+        """What a tensor of so many dimensions, the batch among them, is where nothing says otherwise."""
+        return {4: cls(), 3: cls("tokens"), 2: cls("vector")}.get(dimensions)
+
+
+def is_vector(shape: Shape) -> bool:
+    """Whether a representation has no grid."""
+    return len(shape) == 1
+
+
+def grid_size(shape: Shape) -> tuple[int, int]:
+    """Rows and columns of the grid, 1 x 1 for a vector."""
+    return (1, 1) if is_vector(shape) else (shape[1], shape[2])
+
+
+def prefix_tokens(shape: Shape) -> int:
+    """Tokens before those of the grid."""
+    return shape[3] if len(shape) == 4 else 0
+
+
+def stored_size(shape: Shape) -> tuple[int, int]:
+    """Rows and columns in memory."""
+    height, width = grid_size(shape)
+    tokens = prefix_tokens(shape)
+    return (1, tokens + height * width) if tokens else (height, width)
+
+
+def elements(shape: Shape) -> int:
+    """Values of one image."""
+    return shape[0] * math.prod(stored_size(shape))
+
+
+def grid_rows(x_NHWC: Tensor, shape: Shape) -> Tensor:
+    """The rows of the grid (..., H, W, C), a view, out of all rows (..., rows, columns, C)."""
+    tokens = prefix_tokens(shape)
+    return torch.unflatten(x_NHWC[..., 0, tokens:, :], -2, grid_size(shape)) if tokens else x_NHWC
+
+
+def shape_text(shape: Shape) -> str:
+    """As shown to users: ``64x8x8``, ``192x8x8 and 1 token``, ``512``."""
+    tokens = prefix_tokens(shape)
+    return "x".join(map(str, shape[:3])) + (f" and {tokens} token{'s' * (tokens > 1)}" if tokens else "")
