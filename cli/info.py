@@ -1,6 +1,7 @@
 """The commands that look around: list, doctor."""
 
 import shutil
+from typing import Any
 
 import torch
 import typer
@@ -35,11 +36,14 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
             entry.record.dataset,
             str(entry.record.width),
             f"{entry.record.accuracy:.4f}",
-            f"{entry.record.recipe['name']}, {entry.record.recipe['epochs']} epochs",
+            _recipe(entry.record.recipe),
         ]
         if entry.record is not None
         else [entry.path.stem, entry.path.parent.name, "", "unusable", entry.problem]
         for entry in inventory.networks(place)
+    ]
+    networks += [
+        [name, folder, "", "", f"not trained, from {source}"] for name, folder, source in inventory.added(place)
     ]
     stores = [
         [entry.path.name, entry.store.identity.dataset, entry.store.identity.dtype, size(entry.store.bytes)]
@@ -69,6 +73,10 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
         typer.echo(f"{title}: {'none' if not rows else len(rows)}")
         if rows:
             typer.echo(table(header, rows))
+
+
+def _recipe(recipe: dict[str, Any]) -> str:
+    return f"weights of {recipe['weights']}" if "weights" in recipe else f"{recipe['name']}, {recipe['epochs']} epochs"
 
 
 def doctor(root: RootOption = None, device: DeviceOption = "auto", debug: DebugOption = False) -> None:

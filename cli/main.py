@@ -9,7 +9,7 @@ from typing import NoReturn
 import typer
 
 from fastsitch import __version__
-from fastsitch.cli import bench, console, images, info, paper, results, work
+from fastsitch.cli import bench, console, images, info, networks, paper, results, work
 from fastsitch.errors import FastsitchError
 from fastsitch.machine import out_of_memory
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 for register in (
     work.register,
+    networks.register,
     results.register,
     images.register,
     bench.register,

@@ -56,3 +56,11 @@ def whole_numbers(option: str, text: str) -> list[int]:
         return [int(part) for part in comma_separated(text)]
     except ValueError:
         raise ConfigError(f"{option} {text}: expected whole numbers separated by commas") from None
+
+
+def numbers(option: str, text: str) -> list[float]:
+    """``"0.5, 0.4"`` -> ``[0.5, 0.4]``; raises ConfigError."""
+    try:
+        return [float(part) for part in comma_separated(text)]
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected numbers separated by commas") from None

@@ -38,8 +38,10 @@ def register(app: typer.Typer) -> None:
 
 
 def train(
-    networks: Annotated[list[str], typer.Argument(help="R1111 ... R2222, ResNet18, ResNet34; R1111@3 is seed 3.")],
-    width: Annotated[int, typer.Option(help="Channels of the first stage.")] = 64,
+    networks: Annotated[
+        list[str], typer.Argument(help="R1111 ... R2222, ResNet18, ResNet34 or added; R1111@3 is seed 3.")
+    ],
+    width: Annotated[int, typer.Option(help="Channels of the first stage; of small ResNets only.")] = 64,
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.", show_default="the recipe's")] = None,
     seed: Annotated[int, typer.Option(help="Seed of networks named without one.")] = 0,
     recipe: Annotated[str, typer.Option(help="fast or published.")] = "fast",

@@ -11,7 +11,18 @@ stitch's GEMM. Tensors are channels-last in memory.
 from fastsitch.analysis.compare import compare_run
 from fastsitch.analysis.error_files import read_errors
 from fastsitch.analysis.errors import StitchErrors
-from fastsitch.api import bench, configure_sweep, estimate, images, measure_errors, open_run, precompute, sweep, train
+from fastsitch.api import (
+    add,
+    bench,
+    configure_sweep,
+    estimate,
+    images,
+    measure_errors,
+    open_run,
+    precompute,
+    sweep,
+    train,
+)
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
@@ -31,6 +42,7 @@ __all__ = [
     "Position",
     "Run",
     "StitchErrors",
+    "add",
     "bench",
     "compare_run",
     "configure_sweep",

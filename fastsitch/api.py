@@ -1,5 +1,6 @@
 """The commands as functions, for notebooks and scripts. Nothing here prints."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,12 +14,15 @@ from fastsitch.analysis import measure
 from fastsitch.analysis.measure import MeasureReport
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.run import BenchResult, Report, run_bench
-from fastsitch.data import DEFAULT_DATASET, canonical_dataset, load_dataset
+from fastsitch.data import DEFAULT_DATASET, Normalisation, canonical_dataset, load_dataset
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.files import output_folder
 from fastsitch.inventory import find_run, infer_dataset
 from fastsitch.machine import configure, resolve_device
+from fastsitch.networks.add import NewNetwork, add_network
 from fastsitch.networks.checkpoint import NetworkRecord, load_network, namesake, read_record
+from fastsitch.networks.definition import Definition, require_defined
+from fastsitch.networks.model_source import ModelSource
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import TrainReport, network_recipe, train_network
 from fastsitch.report.images import write_images
@@ -48,6 +52,7 @@ def train(
 ) -> list[NetworkRecord]:
     """Train networks on a data set and save them; those that are trained just so already are left alone.
 
+    ``width`` is that of the small ResNets; networks that were added are as they were defined.
     ``seed`` is that of every name without one of its own (``R1111`` with seed 3 is ``R1111@3``). All names are checked
     before any work begins; ``finished`` is called with each record as it is there. Raises ConfigError, DataError,
     NetworkError, or FailedError when a training diverges.
@@ -59,6 +64,7 @@ def train(
     chosen = network_recipe(recipe, epochs)
     torch_device = resolve_device(device)
     configure(torch_device)
+    require_defined(place, dataset, names)
     images = load_dataset(dataset, place.data_dir)
     records = []
     for name in names:
@@ -76,6 +82,46 @@ def train(
         if finished is not None:
             finished(record)
     return records
+
+
+def add(
+    name: str,
+    source: str,
+    *,
+    weights: PathLike | None = None,
+    positions: Sequence[str] | str | None = None,
+    classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    resolution: int | tuple[int, int] | None = None,
+    dataset: str = DEFAULT_DATASET,
+    force: bool = False,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+) -> tuple[Definition, NetworkRecord | None]:
+    """Let ``name`` stand for a network of torchvision, of timm, or of a factory in a Python file, on one data set.
+
+    ``source`` is ``torchvision:resnet18``, ``timm:resnet10t`` or ``FILE.py:factory``, whose code runs whenever the
+    network is built. ``weights`` is a safetensors file or a state dict, of which nothing is executed; without it the
+    network is to be trained. ``positions`` are names or patterns (default: the outputs of blocks), ``mean`` and ``std``
+    of pixels in [0, 1] (one number or three), ``resolution`` the side, or height and width, of the images that the
+    network is built for; without them, and without ``classes``, those of the data set. Returns the definition, and the
+    record of the network that has weights. See :func:`fastsitch.networks.add.add_network` for the errors.
+    """
+    place = Root.at(root, data_dir)
+    torch_device = resolve_device(device)
+    new = NewNetwork(
+        name=NetworkName.parse(name),
+        source=ModelSource.parse(source),
+        weights=None if weights is None else Path(weights),
+        positions=positions,
+        classes=classes,
+        normalisation=_normalisation(mean, std),
+        resolution=(resolution, resolution) if isinstance(resolution, int) else resolution,
+    )
+    configure(torch_device)
+    return add_network(place, canonical_dataset(dataset), new, device=torch_device, force=force)
 
 
 def precompute(
@@ -108,6 +154,7 @@ def precompute(
         if (namesake(folder, name) if name.random else read_record(folder, name)) is None
     ]
     if missing:
+        require_defined(place, name_of_data, missing)
         listed = ", ".join(map(str, missing))
         line = command("train", *missing, dataset=name_of_data, root=place.path)
         raise NetworkError(f"not trained yet on {name_of_data}: {listed}; train first with\n  {line}")
@@ -264,6 +311,23 @@ def images(
         report=report,
     )
     return write_images(pairs, folder)
+
+
+def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation | None:
+    """One number or three of each, of pixels in [0, 1]; raises ConfigError."""
+    if mean is None and std is None:
+        return None
+    means, stds = (tuple(own or ()) * (3 if own is not None and len(own) == 1 else 1) for own in (mean, std))
+    fits = len(means) == len(stds) == 3
+    if not fits or not all(map(math.isfinite, means)) or not all(0 < own < math.inf for own in stds):
+        raise ConfigError(
+            f"--mean {_joined(mean)} --std {_joined(std)}: expected both, one number or three, and deviations above 0"
+        )
+    return Normalisation(means, stds)
+
+
+def _joined(values: Sequence[float] | None) -> str:
+    return "(none)" if values is None else ",".join(f"{value:g}" for value in values)
 
 
 def _seeded(text: str, seed: int) -> NetworkName:

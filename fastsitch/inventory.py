@@ -8,6 +8,7 @@ from fastsitch.activations.store import ActivationStore
 from fastsitch.data import DEFAULT_DATASET
 from fastsitch.errors import ConfigError, FastsitchError
 from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record, record_files
+from fastsitch.networks.definition import read_definition
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.sweep.config import checked_run_name
@@ -51,6 +52,22 @@ def networks(root: Root) -> Iterator[NetworkEntry]:
                 yield NetworkEntry(path, read_record(folder, NetworkName.parse(path.stem)), "")
             except FastsitchError as error:
                 yield NetworkEntry(path, None, str(error))
+
+
+def added(root: Root) -> Iterator[tuple[str, str, str]]:
+    """Added networks of which no seed is trained: name, folder of the data set, and where they come from."""
+    for folder in _folders(root.path / "networks"):
+        models = root.path / "models" / folder.name
+        trained = {path.stem.partition("@")[0] for path in record_files(models)}
+        for path in sorted(folder.glob("*.json")):
+            if path.stem in trained:
+                continue
+            try:
+                definition = read_definition(folder, path.stem)
+            except FastsitchError as error:
+                yield path.stem, folder.name, f"an unusable definition: {error}"
+            else:
+                yield path.stem, folder.name, "" if definition is None else definition.source.text
 
 
 def stores(root: Root) -> Iterator[StoreEntry]:

@@ -123,7 +123,7 @@ def _cgroup_headroom() -> int:
 def versions() -> dict[str, str]:
     """Versions that belong into the provenance of a result."""
     found = {"python": platform.python_version()}
-    for name in ("fastsitch", "torch", "torchvision", "triton", "numpy", "zarr", "zarrs", "safetensors"):
+    for name in ("fastsitch", "torch", "torchvision", "timm", "triton", "numpy", "zarr", "zarrs", "safetensors"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -12,7 +12,10 @@ from fastsitch.networks.names import NetworkName
 
 @dataclass(frozen=True)
 class Root:
-    """``PATH/models``, ``PATH/activations`` and ``PATH/runs``; ``data_dir`` is where files of data sets lie."""
+    """``PATH/models``, ``PATH/networks`` (definitions of added ones), ``PATH/activations`` and ``PATH/runs``.
+
+    ``data_dir`` is where files of data sets lie.
+    """
 
     path: Path
     data_dir: Path
@@ -31,6 +34,9 @@ class Root:
 
     def models(self, dataset: str) -> Path:
         return self.path / "models" / dataset_folder(dataset)
+
+    def networks(self, dataset: str) -> Path:
+        return self.path / "networks" / dataset_folder(dataset)
 
     def activations(self, dataset: str) -> Path:
         return self.path / "activations" / dataset_folder(dataset)

@@ -1,15 +1,18 @@
 """Shared pieces: real images in small numbers, small networks, and the command line as a user runs it."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fastsitch.cli import main
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.identity import torch_generator
 from fastsitch.networks.names import BLOCKS
@@ -18,6 +21,18 @@ from fastsitch.networks.resnet import SmallResNet, initialise
 torch.set_num_threads(1)
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@dataclass
+class Ended:
+    """What a command left: exit code, output, and error lines."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+RunHere = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
@@ -104,3 +119,31 @@ def cli_line(*arguments: str | Path) -> list[str]:
 def cli_environment() -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("FASTSITCH_")}
     return {**kept, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunHere:
+    """Run ``fastsitch`` in an empty working directory, in this process: importing torch takes longer than the work."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def run(*arguments: str | Path) -> Ended:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["fastsitch", *map(str, arguments)])
+        code = main._run()
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Path:
+    """A file of the user's with a factory of networks, ``small``: a copy of tests/my_nets.py."""
+    return Path(shutil.copy(Path(__file__).with_name("my_nets.py"), tmp_path))
+
+
+@pytest.fixture
+def few(fashion: Dataset, tmp_path: Path) -> str:
+    """The name of a data set of 160 + 64 real images in a file."""
+    save_npz(tmp_path / "few.npz", fashion.train, fashion.test, 160, 64)
+    return f"npz:{tmp_path / 'few.npz'}"

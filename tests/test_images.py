@@ -373,7 +373,7 @@ def test_images_survive_a_kill(place: Path, tmp_path: Path, run_cli: Command) ->
         (["--count", "0"], "--count 0: expected 1 to 80 test images"),
         (["--senders", "R2222"], "run 'bf' has no sender R2222: expected some of R1111"),
         (["--settings", "T2R"], "run 'bf' has no setting T2R: expected some of T2T, R2T"),
-        (["--receivers", "nonsense"], "unknown network 'nonsense'"),
+        (["--receivers", "nonsense"], "run 'bf' has no receiver nonsense: expected some of R1111"),
         (["--memory", "much"], "--memory much: expected auto or a size"),
     ],
 )

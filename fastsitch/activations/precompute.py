@@ -29,7 +29,7 @@ def store_identity(
     dataset: Dataset, network: Network, *, dtype: str, compress: str, device: torch.device
 ) -> StoreIdentity:
     """What a store of this network on this data set would hold; raises NetworkError where the two do not fit."""
-    require_fit(network, dataset)
+    require_fit(network.record, dataset)
     record = network.record
     return StoreIdentity(
         network=record.name,

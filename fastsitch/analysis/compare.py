@@ -120,7 +120,7 @@ def _compare(run: Run, published: PublishedMatrix, pair: tuple[str, str, str], *
 def _same_pair(published: PublishedMatrix, sender: str, receiver: str, setting: str) -> bool:
     """Whether a pair of the run is of the published architectures and setting."""
     names = (NetworkName.parse(sender), NetworkName.parse(receiver))
-    blocks = tuple(BLOCKS[name.architecture] for name in names)
+    blocks = tuple(BLOCKS.get(name.architecture) for name in names)
     if setting != published.setting or blocks != (BLOCKS[published.sender], BLOCKS[published.receiver]):
         return False
     # controls have weights of their own, so only T2T joins a network to itself
@@ -132,5 +132,5 @@ def _accuracies(run: Run) -> dict[str, tuple[float, float]]:
     return {
         str(name): (by_blocks[BLOCKS[name.architecture]], network.accuracy)
         for name, network in run.networks.items()
-        if not name.random and BLOCKS[name.architecture] in by_blocks
+        if name.built_in and not name.random and BLOCKS[name.architecture] in by_blocks
     }

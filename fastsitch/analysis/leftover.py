@@ -50,7 +50,7 @@ def leftover_accuracy(
 
     def load(name: NetworkName) -> Network:
         network = load_network(folder, name)
-        require_fit(network, dataset)
+        require_fit(network.record, dataset)
         if network.record.weights_hash != vanilla.networks[name].weights_hash:
             raise RunError(f"{name} was trained again since run {vanilla.name!r} began: expected the same weights")
         return network

@@ -93,7 +93,7 @@ class _Measurement:
         @cache
         def load(name: NetworkName) -> Network:
             network = load_network(folder, name)
-            require_fit(network, dataset)
+            require_fit(network.record, dataset)
             if network.record.weights_hash != run.networks[name].weights_hash:
                 raise RunError(f"{name} was trained again since run {run.name!r} began: sweep again")
             return network

@@ -32,8 +32,9 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         for role, name in (("sender", self.sender), ("receiver", self.receiver)):
-            if NetworkName.parse(name).random:
-                raise ConfigError(f"--{role} {name}: speed does not depend on training; name R1111 ... R2222")
+            parsed = NetworkName.parse(name)
+            if parsed.random or not parsed.built_in:
+                raise ConfigError(f"--{role} {name}: expected R1111 ... R2222; speed does not depend on training")
         for option, value, least, most in (
             ("width", self.width, 4, 4096),
             ("batch-size", self.batch_size, 1, 4096),

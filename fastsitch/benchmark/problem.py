@@ -120,7 +120,7 @@ def _network(name: str, width: int, data: Dataset, device: torch.device, steps: 
         epochs = max(1, steps * batch // len(data.train))
         recipe = replace(network_recipe("fast", epochs), batch_size=batch, augment=False)
         with torch.enable_grad():
-            fit_network(chain, data, parsed, recipe, device)
+            fit_network(chain, data, data.normalisation, parsed, recipe, device)
     return chain.eval()
 
 

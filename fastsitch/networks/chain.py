@@ -1,6 +1,5 @@
 """A network as a chain of segments, so that it can be cut between any two of them."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -10,6 +9,8 @@ from torch import Tensor, nn
 from fastsitch.errors import NetworkError
 from fastsitch.networks.layout import Layout
 from fastsitch.networks.position import Position as Position
+from fastsitch.networks.segments import copies, cut_module, protected
+from fastsitch.networks.trace import first_line
 
 
 class Chain(nn.Module):
@@ -71,43 +72,84 @@ class Chain(nn.Module):
         cls,
         model: nn.Module,
         example_input: Tensor,
-        positions: Sequence[str] | None = None,
+        positions: Sequence[str] | str | None = None,
         layouts: Mapping[str, Layout] | None = None,
     ) -> "Chain":
-        """Make a chain of ``model``: a Chain as it is, an nn.Sequential cut after the children in ``positions``.
+        """Make a chain of any network that torch.fx can trace; a Chain comes back as it is.
 
-        A Sequential is copied, with in-place activations turned off: they would change a representation after it was
-        captured. ``positions`` are names of its children; None cuts after every child but the last, which then is the
-        head. The example input (B, C, H, W) fixes the shapes; ``layouts`` are those of the chain. Raises NetworkError
-        for other modules.
+        The network is copied, in eval mode, with in-place activations turned off: they would change a representation
+        after it was captured. The example input (B, C, H, W) fixes the shapes, on the network's device.
+
+        ``positions`` are names of modules whose output every path crosses, or patterns of them such as ``layer*.?``,
+        also as a text with commas. None takes what leads into the first block and the outputs of all blocks; of an
+        nn.Sequential the outputs of all children but the last, which then is the head. ``layouts`` correct what the
+        axes of representations are taken for.
+
+        Raises NetworkError when the network cannot be traced or cut, or has no such position; see
+        :meth:`from_segments` then.
         """
         if isinstance(model, Chain):
             return model
-        if not isinstance(model, nn.Sequential):
-            raise NetworkError(
-                f"cannot cut a {type(model).__name__}: expected a Chain or an nn.Sequential; "
-                "wrap the model's stages in an nn.Sequential"
-            )
-        model = copy.deepcopy(model)
-        for module in model.modules():
-            if hasattr(module, "inplace"):
-                module.__dict__["inplace"] = False
-        children = list(model.named_children())
-        names = [name for name, _ in children[:-1]] if positions is None else list(positions)
-        known = [name for name, _ in children]
-        unknown = [name for name in names if name not in known]
-        if unknown or not names:
-            raise NetworkError(f"no position named {', '.join(unknown) or '(none given)'}: expected some of {known}")
-        segments: list[nn.Module] = []
-        collected: list[nn.Module] = []
-        for name, child in children:
-            collected.append(child)
-            if name in names:
-                segments.append(nn.Sequential(*collected))
-                collected = []
-        ordered = [name for name in known if name in names]
         channels, height, width = example_input.shape[1:]
-        return cls(segments, nn.Sequential(*collected), ordered, (channels, height, width), layouts)
+        if isinstance(positions, str):
+            positions = [part.strip() for part in positions.split(",") if part.strip()]
+        if isinstance(model, nn.Sequential):
+            known = [name for name, _ in model.named_children()]
+            names = known[:-1] if positions is None else [name for name in known if name in positions]
+            if names and (positions is None or set(positions) <= set(known)):
+                return cls.from_segments(*_pieces(model, names), example_input, layouts)
+        parts = cut_module(model, example_input, positions)
+        size = (channels, height, width)
+        return cls(parts.segments, parts.head, parts.names, size, {**parts.layouts, **(layouts or {})})
+
+    @classmethod
+    def from_segments(
+        cls,
+        segments: Sequence[nn.Module],
+        names: Sequence[str],
+        head: nn.Module,
+        example_input: Tensor,
+        layouts: Mapping[str, Layout] | None = None,
+    ) -> "Chain":
+        """Make a chain of parts that are named by hand: segment after segment, then the head, is the network.
+
+        Every segment takes what the one before it gives, one tensor with the batch first; its output is the position of
+        that name. Parts are copied, with in-place activations turned off; ``layouts`` are those of the chain. Raises
+        NetworkError where the parts do not fit together.
+        """
+        if not segments or len(segments) != len(names) or len(set(names)) != len(names):
+            raise NetworkError(
+                f"{len(segments)} segments and the names {list(names)}: expected at least one segment, and as many "
+                "different names"
+            )
+        channels, height, width = example_input.shape[1:]
+        *copied, end = copies([*segments, head])
+        modes = [(module, module.training) for part in (*copied, end) for module in part.modules()]
+        for part in (*copied, end):
+            part.eval()
+        try:
+            *kept, end = protected([*copied, end], example_input)
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            raise NetworkError(
+                f"the segments do not fit together ({first_line(error)}): expected each to take what "
+                "the one before it gives, one tensor (B, ...)"
+            ) from error
+        chain = cls(kept, end, names, (channels, height, width), layouts)
+        for module, training in modes:
+            module.training = training
+        return chain
+
+
+def _pieces(model: nn.Sequential, names: Sequence[str]) -> tuple[list[nn.Module], list[str], nn.Module]:
+    """The children of a network up to each of those named, and the others, which are the head."""
+    segments: list[nn.Module] = []
+    collected: list[nn.Module] = []
+    for name, child in model.named_children():
+        collected.append(child)
+        if name in names:
+            segments.append(nn.Sequential(*collected))
+            collected = []
+    return segments, list(names), nn.Sequential(*collected)
 
 
 def _positions(

@@ -1,18 +1,21 @@
 """Networks on disk: weights as safetensors, everything else as JSON."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
+from torch import nn
 
 from fastsitch.data import Dataset, Normalisation, dataset_folder
 from fastsitch.errors import NetworkError
 from fastsitch.files import write_atomically, write_json
 from fastsitch.identity import stable_hash, tensors_hash, torch_generator
+from fastsitch.networks.chain import Chain
+from fastsitch.networks.definition import Definition
 from fastsitch.networks.names import BLOCKS, NetworkName
 from fastsitch.networks.resnet import SmallResNet, initialise
 
@@ -37,20 +40,38 @@ class NetworkRecord:
     loss: float | None
     weights_hash: str
     versions: dict[str, str]
+    definition: Definition | None = None
+    """Of an added network; None for the small ResNets."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        content = asdict(self)
+        del content["definition"]
+        return content if self.definition is None else {**content, "definition": self.definition.to_dict()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "NetworkRecord":
         normalisation = Normalisation(*(tuple(content["normalisation"][key]) for key in ("mean", "std")))
         channels, height, width = content["input_shape"]
-        return cls(**{**content, "normalisation": normalisation, "input_shape": (channels, height, width)})
+        changes: dict[str, Any] = {"normalisation": normalisation, "input_shape": (channels, height, width)}
+        if "definition" in content:
+            changes["definition"] = Definition.from_dict(content["definition"])
+        return cls(**{**content, **changes})
 
-    def build(self) -> SmallResNet:
-        """The architecture with arbitrary weights, in eval mode."""
+    def build(self) -> nn.Module:
+        """The network as it begins, in eval mode: its weights are drawn from its name."""
+        if self.definition is not None:
+            return self.definition.build(["network", self.name, self.classes])
         blocks = BLOCKS[NetworkName.parse(self.name).architecture]
-        return SmallResNet(blocks, width=self.width, classes=self.classes, input_shape=self.input_shape).eval()
+        chain = SmallResNet(blocks, width=self.width, classes=self.classes, input_shape=self.input_shape)
+        initialise(chain, torch_generator("network", self.name, self.width, self.classes))
+        return chain.eval()
+
+    def cut(self, module: nn.Module) -> Chain:
+        """The chain of a module that :meth:`build` made."""
+        if self.definition is not None:
+            return self.definition.cut(module)
+        assert isinstance(module, Chain)
+        return module
 
 
 @dataclass(frozen=True)
@@ -58,17 +79,18 @@ class Network:
     """A network in memory: its record, and its chain in eval mode on the CPU in fp32."""
 
     record: NetworkRecord
-    chain: SmallResNet
+    chain: Chain
 
     @property
     def name(self) -> NetworkName:
         return NetworkName.parse(self.record.name)
 
 
-def save_network(folder: Path, chain: SmallResNet, record: NetworkRecord) -> None:
+def save_network(folder: Path, module: nn.Module, record: NetworkRecord) -> None:
     """Write weights, then the record that names them; a crash leaves the previous network or the new one."""
     name = record.name
-    weights = {key: tensor.detach().cpu().contiguous() for key, tensor in chain.state_dict().items()}
+    # copies, because modules may share tensors, which the format does not know
+    weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in module.state_dict().items()}
     file_name = f"{name}.{record.weights_hash[:12]}.safetensors"
     content = format_safetensors(weights)
     write_atomically(folder / file_name, lambda file: file.write(content))
@@ -119,10 +141,10 @@ def load_network(folder: Path, name: NetworkName) -> Network:
         raise NetworkError(f"no network {name} in {folder}")
     record, file_name = found
     path = folder / file_name
-    chain = record.build()
+    module = record.build()
     try:
         weights = parse_safetensors(path.read_bytes())
-        chain.load_state_dict(weights)
+        module.load_state_dict(weights)
     except FileNotFoundError:
         raise NetworkError(f"{path} is missing: train the network again with --force") from None
     except (SafetensorError, RuntimeError) as error:
@@ -132,7 +154,7 @@ def load_network(folder: Path, name: NetworkName) -> Network:
         ) from None
     if tensors_hash(weights) != record.weights_hash:
         raise NetworkError(f"{path} was altered since it was trained: train the network again with --force")
-    return Network(record, chain)
+    return Network(record, record.cut(module))
 
 
 def record_files(folder: Path) -> list[Path]:
@@ -151,6 +173,9 @@ def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{own} has width {width}" for own, width in sorted(widths.items()))
         raise NetworkError(f"{name} is ambiguous: {listed}; keep the seeds of an architecture at one width")
+    if any(record.definition != records[0].definition for record in records):
+        listed = ", ".join(sorted(record.name for record in records))
+        raise NetworkError(f"{name} is ambiguous: {listed} are not of one definition; train them again with --force")
     return min(records, key=lambda record: NetworkName.parse(record.name).seed) if records else None
 
 
@@ -162,19 +187,17 @@ def _control(folder: Path, name: NetworkName) -> Network:
     model = namesake(folder, name)
     if model is None:
         raise NetworkError(f"no network {name.architecture} in {folder}, whose untrained control {name} would be")
-    draft = NetworkRecord.from_dict(
-        {**model.to_dict(), "name": str(name), "recipe": {}, "accuracy": None, "loss": None}
-    )
-    chain = draft.build()
-    initialise(chain, torch_generator("network", str(name), model.width, model.classes))
-    weights_hash = tensors_hash(chain.state_dict())
-    return Network(NetworkRecord.from_dict({**draft.to_dict(), "weights_hash": weights_hash}), chain)
+    draft = replace(model, name=str(name), recipe={}, accuracy=None, loss=None)
+    module = draft.build()
+    weights_hash = tensors_hash(module.state_dict())
+    return Network(replace(draft, weights_hash=weights_hash), draft.cut(module))
 
 
-def require_fit(network: Network, dataset: Dataset) -> None:
+def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
     """Raise NetworkError when the data set is not the one that the network was trained on, as it was then."""
-    record = network.record
-    if (record.input_shape, record.classes) != (dataset.input_shape, dataset.classes):
+    # an added network may know more classes than the data set has
+    fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
+    if record.input_shape != dataset.input_shape or not fits:
         raise NetworkError(
             f"{record.name} was made for images {record.input_shape} and {record.classes} classes, but "
             f"{dataset.name} has {dataset.input_shape} and {dataset.classes}: train it again with --force"

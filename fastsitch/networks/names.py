@@ -13,7 +13,9 @@ BLOCKS: dict[str, tuple[int, ...]] = {
 }
 """Residual blocks per stage of every built-in architecture."""
 
-_NAME = re.compile(r"(?P<architecture>[A-Za-z0-9]+)(?P<random>-random)?(@(?P<seed>\d{1,9}))?")
+_NAME = re.compile(r"(?P<architecture>[A-Za-z][A-Za-z0-9_]{0,63})(?P<random>-random)?(@(?P<seed>\d{1,9}))?")
+_RESERVED = re.compile(r"R\d*|r\d{4}|ResNet\d*")
+"""What reads like the name of a built-in architecture is one, or a mistake."""
 
 
 @dataclass(frozen=True, order=True)
@@ -26,18 +28,27 @@ class NetworkName:
 
     @classmethod
     def parse(cls, text: str) -> "NetworkName":
-        """Read a name; raises NetworkError with the known architectures when there is no such network."""
+        """Read the name of a built-in architecture, or of one that may have been added to the root.
+
+        Raises NetworkError with the known architectures when it can be neither.
+        """
         match = _NAME.fullmatch(text.strip())
-        if match is None or match["architecture"] not in BLOCKS:
+        if match is None or (match["architecture"] not in BLOCKS and _RESERVED.fullmatch(match["architecture"])):
             raise NetworkError(
                 f"unknown network {text!r}: expected an architecture out of R1111 ... R2222 (each digit 1 or 2), "
-                "ResNet18, ResNet34, with an optional seed as in R1111@3 or control as in R1111-random@0"
+                "ResNet18, ResNet34, or the name of one that was added, with an optional seed as in R1111@3 or control "
+                "as in R1111-random@0"
             )
         return cls(match["architecture"], match["random"] is not None, int(match["seed"] or 0))
 
     def __str__(self) -> str:
         text = self.architecture + ("-random" if self.random else "")
         return f"{text}@{self.seed}" if self.random or self.seed else text
+
+    @property
+    def built_in(self) -> bool:
+        """Whether the architecture is one of the small ResNets."""
+        return self.architecture in BLOCKS
 
     def control(self, seed: int) -> "NetworkName":
         """The untrained control of this architecture with the given seed."""

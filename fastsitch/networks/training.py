@@ -15,9 +15,9 @@ from fastsitch.errors import ConfigError, FailedError, NetworkError
 from fastsitch.files import exclusive
 from fastsitch.identity import tensors_hash, torch_generator
 from fastsitch.machine import native_bf16, versions
-from fastsitch.networks.checkpoint import NetworkRecord, load_network, read_record, save_network
-from fastsitch.networks.names import BLOCKS, NetworkName
-from fastsitch.networks.resnet import SmallResNet, initialise
+from fastsitch.networks.checkpoint import NetworkRecord, load_network, read_record, require_fit, save_network
+from fastsitch.networks.definition import require_definition
+from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 
 log = logging.getLogger(__name__)
@@ -107,8 +107,8 @@ def train_network(
 ) -> NetworkRecord:
     """Train one network and save it; a network that was already trained just so is left alone.
 
-    Raises NetworkError when one was trained otherwise and ``force`` is not set, ConfigError for settings that cannot
-    work.
+    ``width`` is that of the small ResNets; an added network is as it was defined. Raises NetworkError when one was
+    trained otherwise and ``force`` is not set, ConfigError for settings that cannot work.
     """
     if name.random:
         raise ConfigError(f"{name} is an untrained control: it is derived on demand and never trained")
@@ -120,45 +120,50 @@ def train_network(
             "use a larger data set"
         )
     folder = root.models(dataset.name)
+    definition = None if name.built_in else require_definition(root.networks(dataset.name), name.architecture)
+    draft = NetworkRecord(
+        name=str(name),
+        dataset=dataset.name,
+        data_hash=dataset.hash,
+        width=width if definition is None else definition.width,
+        classes=dataset.classes if definition is None else definition.classes,
+        input_shape=dataset.input_shape if definition is None else definition.input_shape,
+        normalisation=(definition and definition.normalisation) or dataset.normalisation,
+        recipe=asdict(recipe),
+        accuracy=None,
+        loss=None,
+        weights_hash="",
+        versions=versions(),
+        definition=definition,
+    )
+    require_fit(draft, dataset)
     with exclusive(folder / f"{name}.lock", f"network {name}"):
         existing = read_record(folder, name) if not force else None
         if existing is not None:
-            _require_same(existing, dataset, width, recipe)
+            _require_same(existing, draft)
             load_network(folder, name)
             log.info("%s is trained already (accuracy %.4f)", name, existing.accuracy)
             return existing
-        chain = SmallResNet(
-            BLOCKS[name.architecture], width=width, classes=dataset.classes, input_shape=dataset.input_shape
-        )
-        initialise(chain, torch_generator("network", str(name), width, dataset.classes))
         on_device = dataset.to(device)
-        chain = chain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fit_network(chain, on_device, name, recipe, device, report)
-        accuracy, loss = evaluate_network(chain, on_device.test, dataset.normalisation)
+        network = draft.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        fit_network(network, on_device, draft.normalisation, name, recipe, device, report)
+        accuracy, loss = evaluate_network(network, on_device.test, draft.normalisation)
         if loss != loss or loss == float("inf"):
             raise FailedError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
-        chain = chain.cpu().eval()
-        record = NetworkRecord(
-            name=str(name),
-            dataset=dataset.name,
-            data_hash=dataset.hash,
-            width=width,
-            classes=dataset.classes,
-            input_shape=dataset.input_shape,
-            normalisation=dataset.normalisation,
-            recipe=asdict(recipe),
-            accuracy=accuracy,
-            loss=loss,
-            weights_hash=tensors_hash(chain.state_dict()),
-            versions=versions(),
-        )
-        save_network(folder, chain, record)
+        network = network.cpu().eval()
+        weights_hash = tensors_hash(network.state_dict())
+        record = replace(draft, accuracy=accuracy, loss=loss, weights_hash=weights_hash)
+        save_network(folder, network, record)
     return record
 
 
-def _require_same(existing: NetworkRecord, dataset: Dataset, width: int, recipe: NetworkRecipe) -> None:
-    wanted: dict[str, Any] = {"width": width, "data": dataset.hash, **asdict(recipe)}
-    found: dict[str, Any] = {"width": existing.width, "data": existing.data_hash, **existing.recipe}
+def _require_same(existing: NetworkRecord, wanted_record: NetworkRecord) -> None:
+    if existing.definition != wanted_record.definition or "weights" in existing.recipe:
+        how = "has weights from a file" if "weights" in existing.recipe else "was trained as another network"
+        raise NetworkError(
+            f"{existing.name} {how} on {existing.dataset}: use --force to train it anew, or another seed (--seed)"
+        )
+    wanted, found = ({"width": own.width, "data": own.data_hash, **own.recipe} for own in (wanted_record, existing))
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         detail = ", ".join(f"{key} {_brief(found.get(key))} instead of {_brief(wanted[key])}" for key in differing)
@@ -173,8 +178,9 @@ def _brief(value: Any) -> str:
 
 
 def fit_network(
-    chain: SmallResNet,
+    chain: nn.Module,
     dataset: Dataset,
+    normalisation: Normalisation,
     name: NetworkName,
     recipe: NetworkRecipe,
     device: torch.device,
@@ -203,7 +209,7 @@ def fit_network(
         loss_sum.zero_()
         for start in range(0, steps_per_epoch * recipe.batch_size, recipe.batch_size):
             index = permutation[start : start + recipe.batch_size]
-            x = dataset.normalisation.apply(train.images[index])
+            x = normalisation.apply(train.images[index])
             if recipe.augment:
                 x = augment(x, views)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed):

@@ -5,14 +5,14 @@ from dataclasses import dataclass, replace
 
 from fastsitch.machine import DTYPES, resolve_device, resolve_precision
 from fastsitch.networks.checkpoint import read_record
-from fastsitch.networks.names import BLOCKS, NetworkName
-from fastsitch.networks.resnet import position_shapes
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.planned import planned_network
 from fastsitch.networks.training import network_recipe
 from fastsitch.paper.study import PaperConfig
 from fastsitch.root import Root
 from fastsitch.sweep.choose_source import STORED_ITEMSIZE, elements
 from fastsitch.sweep.config import SweepConfig
-from fastsitch.sweep.estimate import SweepEstimate, convolution_rate, data_size, estimate_sweep, forward_flops
+from fastsitch.sweep.estimate import SweepEstimate, convolution_rate, data_size, estimate_sweep
 
 _BACKWARD = 2
 """Cost of a network's backward pass over its forward pass."""
@@ -98,8 +98,7 @@ def _training(root: Root, config: PaperConfig, device: str) -> StageEstimate:
     size = (data.height, data.width)
     forward = 0.0
     for name in names:
-        shapes = [shape for _, shape in position_shapes(BLOCKS[name.architecture], scale.width, size)]
-        forward += forward_flops(name, shapes)
+        forward += sum(planned_network(root, scale.dataset, name, width=scale.width, size=size).flops)
     precision = resolve_precision("auto" if recipe.mixed_precision else "fp32", torch_device)
     flops = (1 + _BACKWARD) * forward * recipe.epochs * data.train
     seconds = flops / convolution_rate(torch_device, DTYPES[precision]) * _TRAINING_OVERHEAD

@@ -1,9 +1,8 @@
 """What a sweep would take, from names alone: nothing is loaded, trained or written."""
 
-import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,9 +13,8 @@ from fastsitch.data import SIZES, DatasetSize, known_size, load_dataset
 from fastsitch.errors import ConfigError
 from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
-from fastsitch.networks.checkpoint import namesake, read_record
-from fastsitch.networks.names import BLOCKS, NetworkName
-from fastsitch.networks.resnet import position_shapes
+from fastsitch.networks.names import NetworkName
+from fastsitch.networks.planned import PlannedNetwork, planned_network
 from fastsitch.root import Root
 from fastsitch.stitching.geometry import Geometry, Operand, Rules, Shape
 from fastsitch.stitching.schedule import training_steps
@@ -101,16 +99,12 @@ def estimate_sweep(
             f"use --batch-size {data.train} or less"
         )
     units = plan_units(config)
-    positions: dict[NetworkName, list[tuple[str, Shape]]] = {}
-    assumed = []
-    for name in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver)):
-        folder = root.models(config.dataset)
-        record = namesake(folder, name) if name.random else read_record(folder, name)
-        if record is None:
-            assumed.append(name)
-        channels = width if record is None else record.width
-        positions[name] = position_shapes(BLOCKS[name.architecture], channels, (data.height, data.width))
-    shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
+    size = (data.height, data.width)
+    networks = {
+        name: planned_network(root, config.dataset, name, width=width, size=size)
+        for name in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver))
+    }
+    shapes = {name: [shape for _, shape in own.positions] for name, own in networks.items()}
     costs = source_costs(
         root,
         config,
@@ -153,19 +147,19 @@ def estimate_sweep(
             parts = zip(shared, _matching_flops(sender, receiver, data.train, config.rules), strict=True)
             exact = sum(flops for key, flops in parts if key not in counted)
             counted.update(shared)
-        unit = _unit(planned, sender, receiver, len(groups), config, data, exact)
+        unit = _unit(planned, networks, len(groups), config, data, exact)
         if source.name == "live":
             trained = _trained_images(config, data)
-            live = len(groups) * (trained + data.test) * forward_flops(planned.sender, sender)
+            live = len(groups) * (trained + data.test) * sum(networks[planned.sender].flops)
             if config.regresses:
-                live += len(groups) * trained * forward_flops(planned.receiver, receiver)
+                live += len(groups) * trained * sum(networks[planned.receiver].flops)
             unit = replace(unit, flops=unit.flops + live)
         estimates.append(unit)
     return SweepEstimate(
         config=config,
         data=data,
-        positions=positions,
-        assumed=assumed,
+        positions={name: own.positions for name, own in networks.items()},
+        assumed=[name for name, own in networks.items() if name.built_in and not own.trained],
         units=estimates,
         device=torch_device.type,
         precision=precision,
@@ -182,8 +176,7 @@ def estimate_sweep(
 
 def _unit(
     planned: PlannedUnit,
-    sender: list[Shape],
-    receiver: list[Shape],
+    networks: Mapping[NetworkName, PlannedNetwork],
     groups: int,
     config: SweepConfig,
     data: DatasetSize,
@@ -191,10 +184,11 @@ def _unit(
 ) -> UnitEstimate:
     kinds: Counter[str] = Counter()
     parameters, flops = 0, 0.0
-    blocks = _block_flops(BLOCKS[planned.receiver.architecture], receiver)
+    sender, receiver = ([shape for _, shape in networks[own].positions] for own in (planned.sender, planned.receiver))
+    _, *blocks = networks[planned.receiver].flops
     trained = _trained_images(config, data)
     for j, target in enumerate(receiver):
-        behind = sum(blocks[j:])
+        behind = sum(blocks[j:]) + networks[planned.receiver].head
         for origin in sender:
             geometry = Geometry.between(origin, target, config.rules)
             kinds[geometry.kind] += 1
@@ -219,12 +213,6 @@ def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
     return steps * recipe.batch_size if config.trains else 0
 
 
-def forward_flops(name: NetworkName, shapes: list[Shape]) -> float:
-    """Forward FLOPs per image up to the last position; the stem sees three channels."""
-    channels, height, width = shapes[0]
-    return 2.0 * height * width * channels * 27 + sum(_block_flops(BLOCKS[name.architecture], shapes))
-
-
 def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int, rules: Rules) -> tuple[float, float]:
     """FLOPs of the sender's own statistics, half of them saved by symmetry, and of those of the pair."""
     own: dict[tuple[int, Operand], float] = {}
@@ -242,16 +230,6 @@ def _direct_flops(sender: list[Shape], receiver: list[Shape], images: int, rules
     """FLOPs of comparing all stitches of a pair with the expected representation."""
     geometries = [Geometry.between(origin, target, rules) for origin in sender for target in receiver]
     return sum(2.0 * images * own.rows * own.features * own.receiver[0] for own in geometries)
-
-
-def _block_flops(blocks: tuple[int, ...], shapes: list[Shape]) -> list[float]:
-    """Forward FLOPs per image of every block 1 ... p, so that the blocks behind position j are ``[j:]``."""
-    flops = []
-    for (before, _, _), (channels, height, width) in itertools.pairwise(shapes):
-        taps = 9 * before + 9 * channels + (before if before != channels else 0)
-        flops.append(2.0 * height * width * channels * taps)
-    assert len(flops) == sum(blocks)
-    return flops
 
 
 def data_size(root: Root, name: str) -> DatasetSize:

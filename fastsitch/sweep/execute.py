@@ -28,6 +28,7 @@ from fastsitch.machine import (
 from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
 from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record, require_fit
 from fastsitch.networks.compiled import compile_blocks
+from fastsitch.networks.definition import require_defined
 from fastsitch.networks.frozen import FrozenNetwork, Receiver
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import evaluate_network
@@ -266,7 +267,7 @@ class _Networks:
     def load(self, name: NetworkName) -> Network:
         if name not in self._loaded:
             network = load_network(self._folder, name)
-            require_fit(network, self.dataset)
+            require_fit(network.record, self.dataset)
             self._loaded[name] = network
         return self._loaded[name]
 
@@ -311,6 +312,7 @@ def require_networks(root: Root, config: SweepConfig) -> None:
         missing += [name for name in trained if read_record(folder, name) is None]
     if missing:
         names = sorted(set(missing))
+        require_defined(root, config.dataset, names)
         line = command("train", *names, dataset=config.dataset, root=root.path)
         raise NetworkError(
             f"not trained yet on {config.dataset}: {', '.join(map(str, names))}; train first with\n  {line}"

@@ -314,7 +314,7 @@ class _Images:
 
     def _load(self, name: NetworkName) -> Network:
         network = load_network(self._folder, name)
-        require_fit(network, self.dataset)
+        require_fit(network.record, self.dataset)
         if network.record.weights_hash != self.run.networks[name].weights_hash:
             raise RunError(
                 f"{name} was trained again since run {self.run.name!r} began: sweep again under another name"

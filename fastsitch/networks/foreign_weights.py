@@ -1,0 +1,78 @@
+"""Weights from files that fastsitch did not write: read without running anything that they contain."""
+
+import pickle
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from torch import Tensor, nn
+
+from fastsitch.errors import NetworkError
+
+_NESTS = ("state_dict", "model", "model_state_dict")
+"""Where checkpoints of common training scripts keep the weights."""
+
+_LISTED = 6
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Named tensors from a safetensors file, or from a state dict that ``torch.save`` wrote.
+
+    The latter is unpickled with ``weights_only=True``, which knows tensors and plain containers alone; the weights may
+    lie one level down, under ``state_dict``, ``model`` or ``model_state_dict``. Raises NetworkError.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return parse_safetensors(path.read_bytes())
+        with warnings.catch_warnings():
+            # what it finds odd it also refuses
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise NetworkError(f"--weights {path} cannot be read ({error.strerror or error})") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NetworkError(
+            f"--weights {path} holds no weights that can be read safely ({reason}): expected safetensors, or a state "
+            "dict saved by torch.save; nothing else in a file is ever unpickled"
+        ) from None
+    for key in _NESTS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise NetworkError(
+            f"--weights {path} holds a {type(content).__name__}, not only named tensors: expected a state dict, on its "
+            f"own or under {', '.join(_NESTS)}"
+        )
+    return dict(content)
+
+
+def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
+    """Put weights into a module; raises NetworkError that lists missing, unexpected and misshapen keys.
+
+    The counters of BatchNorm, which older checkpoints lack, may be missing.
+    """
+    wanted = module.state_dict()
+    missing = [key for key in wanted if key not in weights and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in weights if key not in wanted]
+    misshapen = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(own.shape)}"
+        for key, own in wanted.items()
+        if key in weights and weights[key].shape != own.shape
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    wrong = [f"{kind}: {_listed(keys)}" for kind, keys in kinds if keys]
+    if wrong:
+        raise NetworkError(f"--weights {origin} does not fit the network: {'; '.join(wrong)}")
+    module.load_state_dict({**wanted, **weights})
+
+
+def _listed(keys: Sequence[str]) -> str:
+    more = len(keys) - _LISTED
+    return ", ".join(keys[:_LISTED]) + (f" and {more} more" if more > 0 else "")

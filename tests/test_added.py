@@ -1,0 +1,230 @@
+"""Networks that somebody else defined: added by name, with or without weights, and used like the small ResNets."""
+
+import json
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fastsitch
+from fastsitch.data import Dataset, load_dataset
+from fastsitch.errors import ConfigError, NetworkError
+from fastsitch.networks.checkpoint import load_network
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
+from tests.conftest import RunHere
+from tests.my_nets import small
+
+
+def test_an_added_network_is_trained_stored_stitched_and_listed_like_any_other(
+    factory: Path, few: str, run_here: RunHere, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fastsitch")
+    added = run_here("add", "mine", "--from", f"{factory}:small", "--dataset", few)
+    assert added.returncode == 0, added.stderr
+    assert re.search(r"^ +1 +body\.0 +8x8x8 +map$", added.stdout, re.MULTILINE)
+    assert "no weights yet; train it with" in added.stdout
+    assert re.search(r"mine .* not trained, from .*my_nets\.py:small", run_here("list").stdout)
+    refused = run_here("sweep", "--senders", "mine", "--receivers", "R1111", "--dataset", few)
+    assert refused.returncode == 2
+    assert "fastsitch train R1111 mine --dataset" in refused.stderr
+    planned = run_here(
+        "sweep", "--senders", "mine", "--receivers", "R1111", "--dataset", few, "--batch-size", "16", "--dry-run"
+    )
+    assert planned.returncode == 0, planned.stderr
+    assert "1 units, 15 cells" in planned.stdout
+    trained = run_here("train", "mine", "mine@1", "R1111", "--width", "4", "--epochs", "1", "--dataset", few)
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"^mine: test accuracy 0\.\d{4}, width 8, 1 epochs", trained.stdout)
+    run_here("train", "mine", "--epochs", "1", "--dataset", few)
+    assert "mine is trained already" in caplog.text
+    stored = run_here("precompute", "mine@1")
+    assert "mine@1: 3 positions" in stored.stdout
+    options = ["--settings", "T2T,R2T,T2R", "--batch-size", "16", "--epochs", "1", "--run", "first"]
+    swept = run_here("sweep", "--senders", "mine,R1111", "--receivers", "mine,R1111", *options)
+    assert swept.returncode == 0, swept.stderr
+    assert run_here("plot", "first", "--out", "maps").returncode == 0
+    assert (tmp_path / "work" / "maps" / "mine--R1111.T2T.png").is_file()
+    listed = run_here("list").stdout
+    assert re.search(r"^mine +npz:\S+ +8 +0\.\d{4} +fast, 1 epochs$", listed, re.MULTILINE)
+    run = fastsitch.open_run("first", root=tmp_path / "work" / "fastsitch-data")
+    assert run.matrix("mine", "R1111").shape == (3, 5)
+    first, control = (run.networks[NetworkName.parse(name)] for name in ("mine", "mine-random@0"))
+    assert first.weights_hash != control.weights_hash
+    # the same again: nothing is left to do
+    assert run_here("sweep", "--senders", "mine,R1111", "--receivers", "mine,R1111", *options).returncode == 0
+    assert "units of run first are done already" in caplog.text
+
+
+def test_an_identity_stitch_leaves_an_added_receiver_as_it_is(factory: Path, few: str, tmp_path: Path) -> None:
+    fastsitch.add("mine", f"{factory}:small", dataset=few, root=tmp_path)
+    (record,) = fastsitch.train("mine", dataset=few, epochs=1, root=tmp_path)
+    network = load_network(Root.at(tmp_path).models(few), NetworkName("mine"))
+    assert network.record == record
+    images = load_dataset(few, tmp_path)
+    x = images.normalisation.apply(images.test.images)
+    with torch.no_grad():
+        logits = network.chain(x)
+        for index, representation in enumerate(network.chain.representations(x)):
+            assert torch.equal(network.chain.tail(representation, index), logits)
+    assert (logits.argmax(1) == images.test.labels).float().mean().item() == pytest.approx(record.accuracy)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "state dict", "nested"])
+def test_weights_from_a_file_give_the_network_that_had_them(form: str, factory: Path, few: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    model = small(10, (3, 32, 32)).eval()
+    path = tmp_path / ("w.safetensors" if form == "safetensors" else "w.pt")
+    if form == "safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict() if form == "state dict" else {"epoch": 3, "state_dict": model.state_dict()}, path)
+    mean, std = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
+    definition, record = fastsitch.add(
+        "mine", f"{factory}:small", weights=path, mean=mean, std=std, dataset=few, root=tmp_path
+    )
+    assert record is not None
+    assert (record.normalisation.mean, record.normalisation.std) == (mean, std)
+    images = load_dataset(few, tmp_path)
+    network = load_network(Root.at(tmp_path).models(few), NetworkName("mine"))
+    x = record.normalisation.apply(images.test.images)
+    with torch.no_grad():
+        assert torch.equal(network.chain(x), model(x))
+        accuracy = (model(x).argmax(1) == images.test.labels).float().mean().item()
+    assert record.accuracy == pytest.approx(accuracy)
+    assert definition.positions == network.chain.positions
+    # the same again is no change; other weights are one
+    assert fastsitch.add("mine", f"{factory}:small", weights=path, mean=mean, std=std, dataset=few, root=tmp_path) == (
+        definition,
+        record,
+    )
+    other = tmp_path / "other.safetensors"
+    save_file(small(10, (3, 32, 32)).state_dict(), other)
+    options: dict[str, Any] = {"weights": other, "mean": mean, "std": std, "dataset": few, "root": tmp_path}
+    with pytest.raises(NetworkError, match=r"mine has other weights already .* such as mine@1"):
+        fastsitch.add("mine", f"{factory}:small", **options)
+    with pytest.raises(NetworkError, match="mine has weights from a file .* use --force to train it anew"):
+        fastsitch.train("mine", dataset=few, epochs=1, root=tmp_path)
+    _, second = fastsitch.add("mine@1", f"{factory}:small", **options)
+    assert second is not None
+    assert second.weights_hash != record.weights_hash
+
+
+def test_controls_are_drawn_by_the_networks_own_code_and_are_the_same_every_time(
+    factory: Path, few: str, tmp_path: Path
+) -> None:
+    fastsitch.add("mine", f"{factory}:small", dataset=few, root=tmp_path)
+    fastsitch.train("mine", dataset=few, epochs=1, root=tmp_path)
+    folder = Root.at(tmp_path).models(few)
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    first, again, other = (load_network(folder, NetworkName("mine", True, seed)) for seed in (0, 0, 1))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert first.record.weights_hash == again.record.weights_hash != other.record.weights_hash
+    assert torch.equal(first.chain(torch.ones(1, 3, 32, 32)), again.chain(torch.ones(1, 3, 32, 32)))
+
+
+def test_networks_of_torchvision_and_timm_are_added_by_name(tmp_path: Path, run_here: RunHere) -> None:
+    added = run_here("add", "vit", "--from", "torchvision:vit_b_32", "--positions", "encoder.layers.*_[05]")
+    assert added.returncode == 0, added.stderr
+    assert re.search(r"0 +encoder\.layers\.encoder_layer_0 +2x768 +tokens, 1 before the grid", added.stdout)
+    assert "images 3x32x32, on fashion-mini" in added.stdout
+    pytest.importorskip("timm")
+    definition, _ = fastsitch.add("tiny", "timm:resnet10t", root=tmp_path, positions="layer?.0")
+    assert [own.name for own in definition.positions] == [f"layer{stage}.0" for stage in (1, 2, 3, 4)]
+    assert definition.source.text == "timm:resnet10t"
+    assert sum(definition.flops) > 1e6
+
+
+def test_three_families_are_stitched_with_each_other(few: str, tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    added: dict[str, Any] = {"dataset": few, "root": tmp_path}
+    fastsitch.add("resnet18", "torchvision:resnet18", positions="layer1,layer4", **added)
+    fastsitch.add("vit", "timm:vit_tiny_patch16_224", positions="blocks.1,blocks.10,fc_norm", **added)
+    names = ["R1111", "resnet18", "vit"]
+    fastsitch.train(*names, width=4, epochs=1, dataset=few, root=tmp_path)
+    options: dict[str, Any] = {"settings": ["T2T", "R2T"], "batch_size": 16, "epochs": 1, "root": tmp_path}
+    run = fastsitch.sweep(names, names, **options)
+    sizes = dict(zip(names, (5, 2, 3), strict=True))
+    for sender in names:
+        for receiver in names:
+            for setting in ("T2T", "R2T"):
+                assert run.matrix(sender, receiver, "status", setting=setting).shape == (sizes[sender], sizes[receiver])
+                assert (run.matrix(sender, receiver, "status", setting=setting) == 1).all()
+    assert [shape for _, shape in run.networks[NetworkName("vit")].positions] == [(192, 2, 2, 1)] * 2 + [(192,)]
+    matched = fastsitch.sweep("vit", "resnet18,vit", loss="match", **{**options, "settings": "T2T"})
+    # a network matched to itself at the same position is left as it is
+    itself = matched.matrix("vit", "vit", "accuracy_drop")
+    assert abs(itself.diagonal()).max() < 0.05
+
+
+def test_a_changed_file_a_changed_definition_and_damage_are_noticed(factory: Path, few: str, tmp_path: Path) -> None:
+    source = f"{factory}:small"
+    fastsitch.add("mine", source, dataset=few, root=tmp_path)
+    fastsitch.train("mine", dataset=few, epochs=1, root=tmp_path)
+    with pytest.raises(NetworkError, match=r"mine stands for another network already, .* \(other positions, flops\)"):
+        fastsitch.add("mine", source, dataset=few, positions="stem", root=tmp_path)
+    factory.write_text(factory.read_text().replace("8, 4, stride=4", "8, 2, stride=2"))
+    with pytest.raises(NetworkError, match=r"my_nets\.py has changed since the network was added .* --force"):
+        fastsitch.precompute("mine", dataset=few, root=tmp_path)
+    fastsitch.add("mine", source, dataset=few, root=tmp_path, force=True)
+    with pytest.raises(NetworkError, match="mine was trained as another network"):
+        fastsitch.train("mine", dataset=few, epochs=1, root=tmp_path)
+    fastsitch.train("mine", dataset=few, epochs=1, root=tmp_path, force=True)
+    assert load_network(Root.at(tmp_path).models(few), NetworkName("mine")).chain.positions[0].shape == (8, 16, 16)
+    (file,) = tmp_path.glob("networks/*/mine.json")
+    whole = file.read_text()
+    content = json.loads(whole)
+    content["definition"]["classes"] = 12
+    for text, message in ((json.dumps(content), "was altered"), (whole[:50], "is no definition of a network")):
+        file.write_text(text)
+        with pytest.raises(NetworkError, match=message):
+            fastsitch.train("mine@1", dataset=few, epochs=1, root=tmp_path)
+
+
+def test_a_chain_made_by_hand_can_be_added(few: str, tmp_path: Path) -> None:
+    path = tmp_path / "by_hand.py"
+    path.write_text(
+        "import torch\nfrom torch import nn\nfrom fastsitch import Chain\n\n\ndef chain(num_classes):\n"
+        "    segments = [nn.Conv2d(3, 4, 4, stride=4), nn.ReLU(), nn.Flatten()]\n"
+        "    names = ['conv', 'relu', 'flat']\n"
+        "    return Chain.from_segments(segments, names, nn.Linear(256, num_classes), torch.zeros(1, 3, 32, 32))\n"
+    )
+    definition, _ = fastsitch.add("hand", f"{path}:chain", dataset=few, root=tmp_path)
+    assert [(own.name, own.layout) for own in definition.positions] == [
+        ("conv", "map"),
+        ("relu", "map"),
+        ("flat", "vector"),
+    ]
+    with pytest.raises(ConfigError, match="gives a Chain, which has its positions"):
+        fastsitch.add("hand2", f"{path}:chain", positions="conv", dataset=few, root=tmp_path)
+    fastsitch.train("hand", dataset=few, epochs=1, root=tmp_path)
+    run = fastsitch.sweep("hand", "hand", dataset=few, batch_size=16, epochs=1, root=tmp_path)
+    assert run.matrix("hand", "hand").shape == (3, 3)
+
+
+def test_a_torchvision_network_and_its_weights_are_what_torchvision_makes(tmp_path: Path, fashion: Dataset) -> None:
+    torch.manual_seed(1)
+    model = torchvision.models.resnet18(num_classes=12).eval()
+    torch.save(model.state_dict(), tmp_path / "resnet.pth")
+    _, record = fastsitch.add(
+        "r18",
+        "torchvision:resnet18",
+        weights=tmp_path / "resnet.pth",
+        classes=12,
+        root=tmp_path,
+        dataset="fashion-mini",
+    )
+    assert record is not None
+    chain = load_network(Root.at(tmp_path).models("fashion-mini"), NetworkName("r18")).chain
+    x: Tensor = fashion.normalisation.apply(fashion.test.images[:5])
+    with torch.no_grad():
+        assert torch.equal(chain(x), model(x))
+    assert record.classes == 12
+    assert len(chain.positions) == 9

@@ -1,0 +1,129 @@
+"""What cannot be added as a network, or used without being added: one line that says why, and nothing written."""
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastsitch
+from fastsitch.errors import FastsitchError, NetworkError
+from tests.conftest import RunHere
+from tests.my_nets import small
+
+
+class Trap:
+    def __reduce__(self) -> Any:
+        return (print, ("this must never run",))
+
+
+def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
+    """Arguments after ``add NAME --from`` and a part of the message."""
+    source = f"{factory}:small"
+    state = small(10, (3, 32, 32)).state_dict()
+    renamed = {("body.0.conv.w" if key == "body.0.conv.weight" else key): value for key, value in state.items()}
+    renamed["head.weight"] = renamed["head.weight"][:, :4].contiguous()
+    save_file(renamed, tmp_path / "renamed.safetensors")
+    save_file({**state, "head.bias": state["head.bias"] * float("nan")}, tmp_path / "nan.safetensors")
+    (tmp_path / "trap.pt").write_bytes(pickle.dumps(Trap()))
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "nan.safetensors").read_bytes()[:100])
+    torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "broken.py").write_text("def small(classes:\n")
+    (tmp_path / "fails.py").write_text("def small(classes):\n    raise KeyError('no such layer')\n")
+    (tmp_path / "dict.py").write_text(
+        "from torch import nn\n\n\nclass Many(nn.Module):\n    def forward(self, x):\n        return {'a': x}\n\n\n"
+        "def small():\n    return Many()\n"
+    )
+    (tmp_path / "other.py").write_text("def small():\n    return 3\n")
+    (tmp_path / "decides.py").write_text(
+        "from torch import nn\n\n\nclass Decides(nn.Module):\n    def forward(self, x):\n"
+        "        return x.mean((2, 3)) if x.sum() > 9 else x.amax((2, 3))\n\n\ndef small():\n    return Decides()\n"
+    )
+    return {
+        "form": (["resnet18"], "--from resnet18: expected torchvision:NAME, timm:NAME or FILE.py:FACTORY"),
+        "no such model": (["torchvision:resnet19"], "torchvision has no model resnet19: expected .* resnet18"),
+        "no such file": ([f"{tmp_path}/none.py:small"], "none.py cannot be read .No such file"),
+        "no such function": ([f"{factory}:large"], "has no function large"),
+        "syntax": ([f"{tmp_path}/broken.py:small"], "cannot be built: SyntaxError"),
+        "factory fails": ([f"{tmp_path}/fails.py:small"], r"KeyError in .*fails\.py:2: 'no such layer'"),
+        "no module": ([f"{tmp_path}/other.py:small"], "gives a int: expected an nn.Module"),
+        "untraceable": (
+            [f"{tmp_path}/decides.py:small"],
+            r"cannot trace Decides, .*decides\.py:6 .*Chain.from_segments",
+        ),
+        "position": ([source, "--positions", "body.*,legs"], "no position named legs in Net: expected some of stem"),
+        "no position": ([source, "--positions", ","], "no position named for Net"),
+        "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least as many"),
+        "outputs": ([f"{tmp_path}/dict.py:small"], r"expected logits \(B, classes\), found dict"),
+        "mean alone": ([source, "--mean", "0.5"], r"--mean 0.5 --std \(none\): expected both"),
+        "two means": ([source, "--mean", "0.5,0.5", "--std", "1"], "one number or three"),
+        "std 0": ([source, "--mean", "0.5", "--std", "0"], "deviations above 0"),
+        "no number": ([source, "--mean", "half", "--std", "1"], "--mean half: expected numbers"),
+        "resolution": ([source, "--resolution", "big"], "--resolution big: expected a side"),
+        "too small": (["torchvision:vgg11", "--resolution", "8"], "cannot cut a VGG: it does not run on images"),
+        "no weights": ([source, "--weights", "none.pt"], "--weights none.pt cannot be read"),
+        "keys": (
+            [source, "--weights", f"{tmp_path}/renamed.safetensors"],
+            r"missing: body\.0\.conv\.weight; unexpected: body\.0\.conv\.w; misshapen: head\.weight \(10, 4\) instead",
+        ),
+        "not finite": ([source, "--weights", f"{tmp_path}/nan.safetensors"], "the test loss of new is nan"),
+        "pickle": ([source, "--weights", f"{tmp_path}/trap.pt"], "holds no weights that can be read safely"),
+        "cut off": ([source, "--weights", f"{tmp_path}/cut.safetensors"], "holds no weights that can be read safely"),
+        "no dict": ([source, "--weights", f"{tmp_path}/list.pt"], "holds a list, not only named tensors"),
+    }
+
+
+CASES = [
+    "form", "no such model", "no such file", "no such function", "syntax", "factory fails", "no module", "untraceable",
+    "position", "no position", "classes", "outputs", "mean alone", "two means", "std 0", "no number", "resolution",
+    "too small", "no weights", "keys", "not finite", "pickle", "cut off", "no dict",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_cannot_be_added_ends_with_2_one_line_and_nothing_written(
+    case: str, factory: Path, few: str, tmp_path: Path, run_here: RunHere
+) -> None:
+    arguments, message = refusals(tmp_path, factory)[case]
+    ended = run_here("add", "new", "--from", *arguments, "--dataset", few)
+    assert ended.returncode == 2, ended.stderr
+    assert re.search(message, ended.stderr), ended.stderr
+    assert ended.stderr.startswith("fastsitch: ")
+    assert len(ended.stderr.splitlines()) == 1
+    assert "this must never run" not in ended.stdout + ended.stderr
+    assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("R1111", "R1111 is built in"),
+        ("r1112", "unknown network 'r1112'"),
+        ("a.b", "unknown network 'a.b'"),
+        ("mine-random@0", "an untrained control"),
+        ("mine@2", "a definition serves all seeds"),
+    ],
+)
+def test_names_that_cannot_be_added_are_refused(name: str, message: str, factory: Path, tmp_path: Path) -> None:
+    with pytest.raises(FastsitchError, match=message):
+        fastsitch.add(name, f"{factory}:small", root=tmp_path / "root")
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "precompute", "sweep", "dry run"])
+def test_names_that_nobody_added_are_refused_with_the_way_to_add_them(
+    command: str, factory: Path, few: str, tmp_path: Path
+) -> None:
+    fastsitch.add("mine", f"{factory}:small", dataset=few, root=tmp_path)
+    calls = {
+        "train": lambda: fastsitch.train("mine", "yours", dataset=few, root=tmp_path),
+        "precompute": lambda: fastsitch.precompute("yours", dataset=few, root=tmp_path),
+        "sweep": lambda: fastsitch.sweep("yours", "yours", dataset=few, root=tmp_path),
+        "dry run": lambda: fastsitch.estimate("yours", "yours", dataset=few, batch_size=16, root=tmp_path),
+    }
+    with pytest.raises(NetworkError, match=r"unknown network 'yours': .* \(mine\); add it with fastsitch add yours"):
+        calls[command]()
+    assert not list(tmp_path.glob("models/*/*.json"))
