@@ -7,6 +7,7 @@ from fastsitch.data.load import (
     DatasetSize,
     canonical_dataset,
     dataset_folder,
+    dataset_size,
     known_size,
     load_dataset,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "augment",
     "canonical_dataset",
     "dataset_folder",
+    "dataset_size",
     "known_size",
     "load_dataset",
 ]
