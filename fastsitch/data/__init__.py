@@ -11,7 +11,8 @@ from fastsitch.data.load import (
     known_size,
     load_dataset,
 )
-from fastsitch.data.views import Views, augment
+from fastsitch.data.transform import Transform
+from fastsitch.data.views import Views
 
 __all__ = [
     "DEFAULT_DATASET",
@@ -20,8 +21,8 @@ __all__ = [
     "DatasetSize",
     "Normalisation",
     "Split",
+    "Transform",
     "Views",
-    "augment",
     "canonical_dataset",
     "dataset_folder",
     "dataset_size",

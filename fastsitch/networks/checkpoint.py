@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 
-from fastsitch.data import Dataset, Normalisation, dataset_folder
+from fastsitch.data import Dataset, Normalisation, Transform, dataset_folder
 from fastsitch.errors import NetworkError
 from fastsitch.files import write_atomically, write_json
 from fastsitch.identity import stable_hash, tensors_hash, torch_generator
@@ -29,6 +29,7 @@ class NetworkRecord:
     width: int
     classes: int
     input_shape: tuple[int, int, int]
+    """Channels, height, width: images of another size are resized."""
     normalisation: Normalisation
     recipe: dict[str, Any]
     """How it was trained; empty for an untrained control."""
@@ -46,6 +47,11 @@ class NetworkRecord:
         normalisation = Normalisation(*(tuple(content["normalisation"][key]) for key in ("mean", "std")))
         channels, height, width = content["input_shape"]
         return cls(**{**content, "normalisation": normalisation, "input_shape": (channels, height, width)})
+
+    @property
+    def transform(self) -> Transform:
+        """What the network makes of a data set's images."""
+        return Transform(self.normalisation, self.input_shape[1:])
 
     def build(self) -> SmallResNet:
         """The architecture with arbitrary weights, in eval mode."""
@@ -143,7 +149,7 @@ def record_files(folder: Path) -> list[Path]:
 def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
     """The trained network that a control borrows width, data set and classes from: the one of lowest seed.
 
-    Raises NetworkError when networks of that architecture have different widths: the control would be ambiguous.
+    Raises NetworkError when networks of that architecture differ in width or transform: the control would be ambiguous.
     """
     files = [path for path in folder.glob(f"{name.architecture}*.json") if _is_seed_of(path.stem, name.architecture)]
     records = [found[0] for path in files if (found := _read_json(path)) is not None]
@@ -151,6 +157,12 @@ def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{own} has width {width}" for own, width in sorted(widths.items()))
         raise NetworkError(f"{name} is ambiguous: {listed}; keep the seeds of an architecture at one width")
+    if len({record.transform for record in records}) > 1:
+        listed = ", ".join(sorted(record.name for record in records))
+        raise NetworkError(
+            f"{name} is ambiguous: {listed} differ in resolution or normalisation; keep the seeds of an architecture "
+            "at one of them"
+        )
     return min(records, key=lambda record: NetworkName.parse(record.name).seed) if records else None
 
 
@@ -174,10 +186,10 @@ def _control(folder: Path, name: NetworkName) -> Network:
 def require_fit(network: Network, dataset: Dataset) -> None:
     """Raise NetworkError when the data set is not the one that the network was trained on, as it was then."""
     record = network.record
-    if (record.input_shape, record.classes) != (dataset.input_shape, dataset.classes):
+    if (record.input_shape[0], record.classes) != (dataset.input_shape[0], dataset.classes):
         raise NetworkError(
-            f"{record.name} was made for images {record.input_shape} and {record.classes} classes, but "
-            f"{dataset.name} has {dataset.input_shape} and {dataset.classes}: train it again with --force"
+            f"{record.name} was made for images of {record.input_shape[0]} channels and {record.classes} classes, but "
+            f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: train it again with --force"
         )
     if record.data_hash != dataset.hash:
         raise NetworkError(

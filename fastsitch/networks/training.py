@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.data import Dataset, Normalisation, Split, augment
+from fastsitch.data import Dataset, Normalisation, Split, Transform, Views
 from fastsitch.errors import ConfigError, FailedError, NetworkError
 from fastsitch.files import exclusive
 from fastsitch.identity import tensors_hash, torch_generator
@@ -23,6 +23,9 @@ from fastsitch.root import Root
 log = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 500
+
+_STRIDES = 8
+"""Three stages halve the map: stitches want sides that stay whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,39 +105,49 @@ def train_network(
     width: int,
     recipe: NetworkRecipe,
     device: torch.device,
+    resolution: int | None = None,
+    normalisation: Normalisation | None = None,
     force: bool = False,
     report: Callable[[TrainReport], None] | None = None,
 ) -> NetworkRecord:
     """Train one network and save it; a network that was already trained just so is left alone.
 
-    Raises NetworkError when one was trained otherwise and ``force`` is not set, ConfigError for settings that cannot
-    work.
+    The network sees images of their own size, or resized to squares of side ``resolution``, normalised by the data
+    set's mean and standard deviation or by its own. Raises NetworkError when one was trained otherwise and ``force`` is
+    not set, ConfigError for settings that cannot work.
     """
     if name.random:
         raise ConfigError(f"{name} is an untrained control: it is derived on demand and never trained")
     if not 1 <= width <= 4096:
         raise ConfigError(f"--width {width}: expected 1 to 4096")
+    if resolution is not None and (resolution < _STRIDES or resolution % _STRIDES):
+        raise ConfigError(
+            f"--resolution {resolution}: expected a multiple of {_STRIDES}, what the strides of a small ResNet take out"
+        )
     if len(dataset.train) < recipe.batch_size:
         raise ConfigError(
             f"{len(dataset.train)} training images are fewer than one batch of {recipe.batch_size} images: "
             "use a larger data set"
         )
+    channels, *size = dataset.input_shape
+    height, breadth = size if resolution is None else (resolution, resolution)
+    transform = Transform(normalisation or dataset.normalisation, (height, breadth))
     folder = root.models(dataset.name)
     with exclusive(folder / f"{name}.lock", f"network {name}"):
         existing = read_record(folder, name) if not force else None
         if existing is not None:
-            _require_same(existing, dataset, width, recipe)
+            _require_same(existing, dataset, transform, width, recipe)
             load_network(folder, name)
             log.info("%s is trained already (accuracy %.4f)", name, existing.accuracy)
             return existing
         chain = SmallResNet(
-            BLOCKS[name.architecture], width=width, classes=dataset.classes, input_shape=dataset.input_shape
+            BLOCKS[name.architecture], width=width, classes=dataset.classes, input_shape=(channels, height, breadth)
         )
         initialise(chain, torch_generator("network", str(name), width, dataset.classes))
         on_device = dataset.to(device)
         chain = chain.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fit_network(chain, on_device, name, recipe, device, report)
-        accuracy, loss = evaluate_network(chain, on_device.test, dataset.normalisation)
+        fit_network(chain, on_device, transform, name, recipe, device, report)
+        accuracy, loss = evaluate_network(chain, on_device.test, transform)
         if loss != loss or loss == float("inf"):
             raise FailedError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
         chain = chain.cpu().eval()
@@ -144,8 +157,8 @@ def train_network(
             data_hash=dataset.hash,
             width=width,
             classes=dataset.classes,
-            input_shape=dataset.input_shape,
-            normalisation=dataset.normalisation,
+            input_shape=chain.input_shape,
+            normalisation=transform.normalisation,
             recipe=asdict(recipe),
             accuracy=accuracy,
             loss=loss,
@@ -156,9 +169,16 @@ def train_network(
     return record
 
 
-def _require_same(existing: NetworkRecord, dataset: Dataset, width: int, recipe: NetworkRecipe) -> None:
-    wanted: dict[str, Any] = {"width": width, "data": dataset.hash, **asdict(recipe)}
-    found: dict[str, Any] = {"width": existing.width, "data": existing.data_hash, **existing.recipe}
+def _require_same(
+    existing: NetworkRecord, dataset: Dataset, transform: Transform, width: int, recipe: NetworkRecipe
+) -> None:
+    wanted: dict[str, Any] = {"width": width, "data": dataset.hash, **_inputs(transform), **asdict(recipe)}
+    found: dict[str, Any] = {
+        "width": existing.width,
+        "data": existing.data_hash,
+        **_inputs(existing.transform),
+        **existing.recipe,
+    }
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         detail = ", ".join(f"{key} {_brief(found.get(key))} instead of {_brief(wanted[key])}" for key in differing)
@@ -168,6 +188,10 @@ def _require_same(existing: NetworkRecord, dataset: Dataset, width: int, recipe:
         )
 
 
+def _inputs(transform: Transform) -> dict[str, Any]:
+    return {"resolution": transform.resolution, **asdict(transform.normalisation)}
+
+
 def _brief(value: Any) -> str:
     return value[:8] if isinstance(value, str) else str(value)
 
@@ -175,6 +199,7 @@ def _brief(value: Any) -> str:
 def fit_network(
     chain: SmallResNet,
     dataset: Dataset,
+    transform: Transform,
     name: NetworkName,
     recipe: NetworkRecipe,
     device: torch.device,
@@ -182,6 +207,7 @@ def fit_network(
 ) -> None:
     """Train ``chain`` in place, data and chain being on ``device``; ends in eval mode."""
     train = dataset.train
+    _, image_height, image_width = dataset.input_shape
     steps_per_epoch = len(train) // recipe.batch_size
     steps = recipe.epochs * steps_per_epoch
     warmup = max(1, round(recipe.warmup * steps))
@@ -193,7 +219,7 @@ def fit_network(
         nesterov=recipe.descent == "linear",
     )
     order = torch_generator("network order", str(name))
-    views = torch.Generator(device).manual_seed(name.seed)
+    generator = torch.Generator(device).manual_seed(name.seed)
     mixed = recipe.mixed_precision and native_bf16(device)
     chain.train()
     loss_sum = torch.zeros((), device=device)
@@ -203,9 +229,8 @@ def fit_network(
         loss_sum.zero_()
         for start in range(0, steps_per_epoch * recipe.batch_size, recipe.batch_size):
             index = permutation[start : start + recipe.batch_size]
-            x = dataset.normalisation.apply(train.images[index])
-            if recipe.augment:
-                x = augment(x, views)
+            views = Views.draw(len(index), image_height, image_width, generator) if recipe.augment else None
+            x = transform.apply(train.images[index], views)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 logits = chain(x)
             loss = F.cross_entropy(logits.float(), train.labels[index])
@@ -232,13 +257,13 @@ def _rate(step: int, steps: int, warmup: int, recipe: NetworkRecipe) -> float:
 
 
 @torch.no_grad()
-def evaluate_network(network: nn.Module, split: Split, normalisation: Normalisation) -> tuple[float, float]:
+def evaluate_network(network: nn.Module, split: Split, transform: Transform) -> tuple[float, float]:
     """Accuracy and mean cross-entropy over a whole split, in fp32; network and split share a device."""
     network.eval()
     correct, loss = 0, 0.0
     for start in range(0, len(split), _EVALUATION_BATCH):
         labels: Tensor = split.labels[start : start + _EVALUATION_BATCH]
-        logits = network(normalisation.apply(split.images[start : start + _EVALUATION_BATCH]))
+        logits = network(transform.apply(split.images[start : start + _EVALUATION_BATCH]))
         correct += int((logits.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return correct / len(split), loss / len(split)

@@ -107,7 +107,8 @@ def estimate_sweep(
         if record is None:
             assumed.append(name)
         channels = width if record is None else record.width
-        positions[name] = position_shapes(BLOCKS[name.architecture], channels, (data.height, data.width))
+        size = (data.height, data.width) if record is None else record.input_shape[1:]
+        positions[name] = position_shapes(BLOCKS[name.architecture], channels, size)
     shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
     costs = source_costs(
         root,

@@ -52,6 +52,8 @@ class NetworkInput:
     accuracy: float
     positions: tuple[tuple[str, tuple[int, int, int]], ...]
     """Name and shape (C, H, W) of every position."""
+    transform: dict[str, Any] | None = None
+    """Mean, std and resolution of its inputs, where they are not those of the data set."""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "NetworkInput":
