@@ -11,13 +11,24 @@ stitch's GEMM. Tensors are channels-last in memory.
 from fastsitch.analysis.compare import compare_run
 from fastsitch.analysis.error_files import read_errors
 from fastsitch.analysis.errors import StitchErrors
-from fastsitch.api import bench, configure_sweep, estimate, images, measure_errors, open_run, precompute, sweep, train
-from fastsitch.data import load_dataset
+from fastsitch.api import (
+    bench,
+    configure_sweep,
+    estimate,
+    images,
+    load_dataset,
+    measure_errors,
+    open_run,
+    precompute,
+    sweep,
+    train,
+)
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
 from fastsitch.paper.run import estimate_paper, paper
 from fastsitch.report.choose import plot_figures
 from fastsitch.report.heatmap import plot_run
+from fastsitch.sweep.by_hand import StitchedPair, stitch
 from fastsitch.sweep.export import export_run
 from fastsitch.sweep.results import Run
 
@@ -29,6 +40,7 @@ __all__ = [
     "Position",
     "Run",
     "StitchErrors",
+    "StitchedPair",
     "bench",
     "compare_run",
     "configure_sweep",
@@ -44,6 +56,7 @@ __all__ = [
     "plot_run",
     "precompute",
     "read_errors",
+    "stitch",
     "sweep",
     "train",
 ]

@@ -84,9 +84,8 @@ class ImageFolder:
                     f"{path / part} has classes that {other}/ lacks: {', '.join(extra)}; expected the same class "
                     "folders in both"
                 )
-        splits = [_files(path / part, classes) for part in ("train", "test")]
-        size = _common_size([file for split in splits for file in split.files], side)
-        return cls(path, *splits, classes, size, side)
+        train, test = (_files(path / part, classes) for part in ("train", "test"))
+        return cls(path, train, test, classes, _common_size([*train.files, *test.files], side), side)
 
     def read(self, scratch: Path) -> tuple[Arrays, Arrays]:
         """Decode all images as (N, H, W, 3), training and test; 28x28 ones are padded to 32x32.
