@@ -66,7 +66,7 @@ def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> d
     receiver = FrozenNetwork(network.chain, dtype=dtype, device=device)
     sender = FrozenNetwork(network.chain, dtype=DTYPES[store.identity.compute], device=device)
     live = [
-        LiveSplit(sender, network.record.normalisation, split, stored=torch.bfloat16, dtype=dtype)
+        LiveSplit(sender, network.record.transform, split, stored=torch.bfloat16, dtype=dtype)
         for split in (dataset.train, dataset.test)
     ]
     every: dict[str, Source] = {

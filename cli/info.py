@@ -35,11 +35,12 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
             entry.record.name,
             entry.record.dataset,
             str(entry.record.width),
+            "x".join(map(str, entry.record.input_shape[1:])),
             f"{entry.record.accuracy:.4f}",
             _recipe(entry.record.recipe),
         ]
         if entry.record is not None
-        else [entry.path.stem, entry.path.parent.name, "", "unusable", entry.problem]
+        else [entry.path.stem, entry.path.parent.name, "", "", "unusable", entry.problem]
         for entry in inventory.networks(place)
     ]
     networks += [
@@ -65,7 +66,7 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
     ]
     typer.echo(f"root {place.path}")
     for title, header, rows in (
-        ("networks", ["network", "data set", "width", "accuracy", "recipe"], networks),
+        ("networks", ["network", "data set", "width", "input", "accuracy", "recipe"], networks),
         ("stores", ["network", "data set", "dtype", "size"], stores),
         ("runs", ["run", "data set", "done", "recipe", "pairs"], runs),
     ):

@@ -28,13 +28,15 @@ DatasetOption = Annotated[
     str | None,
     typer.Option(
         "--dataset",
-        help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR or npz:FILE.",
+        help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR[@SIDE] or npz:FILE.",
         show_default="the one that has the networks",
     ),
 ]
 TrainDatasetOption = Annotated[
     str,
-    typer.Option("--dataset", help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR or npz:FILE."),
+    typer.Option(
+        "--dataset", help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR[@SIDE] or npz:FILE."
+    ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
 DebugOption = Annotated[

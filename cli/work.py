@@ -45,6 +45,10 @@ def train(
     epochs: Annotated[int | None, typer.Option(help="Epochs of training.", show_default="the recipe's")] = None,
     seed: Annotated[int, typer.Option(help="Seed of networks named without one.")] = 0,
     recipe: Annotated[str, typer.Option(help="fast or published.")] = "fast",
+    resolution: Annotated[
+        int | None,
+        typer.Option(help="Side to which images are resized, a multiple of 8.", show_default="as they are"),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Train again what was trained otherwise.")] = False,
     root: RootOption = None,
     dataset: TrainDatasetOption = DEFAULT_DATASET,
@@ -77,6 +81,7 @@ def train(
             epochs=epochs,
             seed=seed,
             recipe=recipe,
+            resolution=resolution,
             force=force,
             root=root,
             data_dir=data_dir,

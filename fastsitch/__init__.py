@@ -17,19 +17,20 @@ from fastsitch.api import (
     configure_sweep,
     estimate,
     images,
+    load_dataset,
     measure_errors,
     open_run,
     precompute,
     sweep,
     train,
 )
-from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
 from fastsitch.networks.layout import Layout
 from fastsitch.paper.run import estimate_paper, paper
 from fastsitch.report.choose import plot_figures
 from fastsitch.report.heatmap import plot_run
+from fastsitch.sweep.by_hand import StitchedPair, stitch
 from fastsitch.sweep.export import export_run
 from fastsitch.sweep.results import Run
 
@@ -42,6 +43,7 @@ __all__ = [
     "Position",
     "Run",
     "StitchErrors",
+    "StitchedPair",
     "add",
     "bench",
     "compare_run",
@@ -58,6 +60,7 @@ __all__ = [
     "plot_run",
     "precompute",
     "read_errors",
+    "stitch",
     "sweep",
     "train",
 ]

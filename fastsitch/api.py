@@ -14,7 +14,8 @@ from fastsitch.analysis import measure
 from fastsitch.analysis.measure import MeasureReport
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.run import BenchResult, Report, run_bench
-from fastsitch.data import DEFAULT_DATASET, Normalisation, canonical_dataset, load_dataset
+from fastsitch.data import DEFAULT_DATASET, Dataset, Normalisation, canonical_dataset
+from fastsitch.data import load_dataset as read_dataset
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.files import output_folder
 from fastsitch.inventory import find_run, infer_dataset
@@ -36,6 +37,13 @@ from fastsitch.sweep.results import Run
 PathLike = str | os.PathLike[str]
 
 
+def load_dataset(
+    name: str = DEFAULT_DATASET, data_dir: PathLike | None = None, root: PathLike | None = None
+) -> Dataset:
+    """A data set in memory, by the name that the commands take; see :func:`fastsitch.data.load.load_dataset`."""
+    return read_dataset(name, Root.at(root, data_dir).data_dir)
+
+
 def train(
     *networks: str,
     dataset: str = DEFAULT_DATASET,
@@ -43,6 +51,8 @@ def train(
     epochs: int | None = None,
     seed: int = 0,
     recipe: str = "fast",
+    resolution: int | None = None,
+    normalisation: Normalisation | None = None,
     force: bool = False,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
@@ -52,8 +62,10 @@ def train(
 ) -> list[NetworkRecord]:
     """Train networks on a data set and save them; those that are trained just so already are left alone.
 
-    ``width`` is that of the small ResNets; networks that were added are as they were defined.
-    ``seed`` is that of every name without one of its own (``R1111`` with seed 3 is ``R1111@3``). All names are checked
+    ``width`` is that of the small ResNets; networks that were added are as they were defined. ``seed`` is that of every
+    name without one of its own (``R1111`` with seed 3 is ``R1111@3``). ``resolution`` is the side to which images are
+    resized for these networks, ``normalisation`` their own mean and standard deviation of pixels in [0, 1]; without
+    them a network takes both from its definition or from the data set. All names are checked
     before any work begins; ``finished`` is called with each record as it is there. Raises ConfigError, DataError,
     NetworkError, or FailedError when a training diverges.
     """
@@ -65,7 +77,7 @@ def train(
     torch_device = resolve_device(device)
     configure(torch_device)
     require_defined(place, dataset, names)
-    images = load_dataset(dataset, place.data_dir)
+    images = read_dataset(dataset, place.data_dir)
     records = []
     for name in names:
         record = train_network(
@@ -74,6 +86,8 @@ def train(
             name,
             width=width,
             recipe=chosen,
+            resolution=resolution,
+            normalisation=normalisation,
             device=torch_device,
             force=force,
             report=None if report is None else partial(report, name),
@@ -160,7 +174,7 @@ def precompute(
         raise NetworkError(f"not trained yet on {name_of_data}: {listed}; train first with\n  {line}")
     torch_device = resolve_device(device)
     configure(torch_device)
-    images = load_dataset(name_of_data, place.data_dir)
+    images = read_dataset(name_of_data, place.data_dir)
     stores = []
     for name in names:
         store, made = ensure_store(

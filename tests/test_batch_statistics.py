@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastsitch.activations.live import LiveSource, LiveSplit
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.resident import ResidentSource
-from fastsitch.data import Dataset, Split, Views
+from fastsitch.data import Dataset, Split, Transform, Views
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.identity import torch_generator
 from fastsitch.kernels.reference import conv_weight
@@ -260,7 +260,7 @@ def test_views_that_change_in_every_epoch_are_trained_on_as_by_plain_modules(pai
     splits = [
         LiveSplit(
             sender,
-            fashion.normalisation,
+            Transform(fashion.normalisation),
             Split(split.images[:count], split.labels[:count]),
             stored=torch.float64,
             dtype=torch.float64,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastsitch
 from fastsitch.activations.ordered import ResidentSplitInOrder
 from fastsitch.activations.resident import ResidentSource
-from fastsitch.data import Dataset, Split, load_dataset
+from fastsitch.data import Dataset, Split, Transform, load_dataset
 from fastsitch.errors import ConfigError, RunError
 from fastsitch.identity import torch_generator
 from fastsitch.inventory import find_run
@@ -33,7 +33,7 @@ from fastsitch.stitching.matching import match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
 from fastsitch.sweep import images as images_module
 from fastsitch.sweep.images import PairImages, chosen_images, generate, run_images
-from fastsitch.sweep.input_stitches import NormalisedImages, input_unit
+from fastsitch.sweep.input_stitches import InputImages, input_unit
 from fastsitch.sweep.results import Run
 from tests.conftest import Command, network, save_npz
 from tests.test_engine import ORDER, RECIPE, assert_same, source_of
@@ -105,7 +105,7 @@ def test_a_group_into_the_input_trains_each_stitch_as_alone(fashion: Dataset) ->
 def test_a_matched_stitch_into_the_input_is_the_least_squares_solution(fashion: Dataset) -> None:
     source = source_of(network("R1111"), fashion, train=100)
     split = Split(fashion.train.images[:100], fashion.train.labels[:100])
-    expected = NormalisedImages(split, fashion.normalisation, CPU)
+    expected = InputImages(split, Transform(fashion.normalisation), CPU)
     matched = match(pair_moments(SenderMoments(ResidentSplitInOrder(source)), expected))
     target = fashion.normalisation.apply(split.images).double().permute(0, 2, 3, 1).flatten(0, 2)
     assert list(matched) == [(i, 0) for i in range(5)]
@@ -139,7 +139,7 @@ def test_pixels_survive_the_way_through_a_sender_that_keeps_them(fashion: Datase
     mixed = torch.einsum("dc,nchw->ndhw", mixing, x) + 0.3
     kept = [mixed, nn.functional.avg_pool2d(mixed, 2)]
     source = ResidentSource.from_tensors(kept, kept, split.labels, split.labels)
-    expected = NormalisedImages(split, fashion.normalisation, CPU)
+    expected = InputImages(split, Transform(fashion.normalisation), CPU)
     matched = match(pair_moments(SenderMoments(ResidentSplitInOrder(source)), expected))
     pixels = [
         fashion.normalisation.invert(

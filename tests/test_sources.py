@@ -22,7 +22,7 @@ from fastsitch.activations.source import Source
 from fastsitch.activations.store import ActivationStore, StoreIdentity
 from fastsitch.activations.streamed import READ_AHEAD, StreamedSource
 from fastsitch.activations.writer import writing
-from fastsitch.data import Dataset, Split, Views
+from fastsitch.data import Dataset, Split, Transform, Views
 from fastsitch.errors import ConfigError, StoreError
 from fastsitch.identity import torch_generator
 from fastsitch.networks.chain import Chain, Position
@@ -247,7 +247,7 @@ def test_ten_times_the_images_take_no_more_memory(tmp_path: Path) -> None:
 
 def live_split(chain: Chain, data: Dataset, split: Split, images: int, dtype: torch.dtype = torch.float64) -> LiveSplit:
     few = Split(split.images[:images], split.labels[:images])
-    return LiveSplit(frozen(chain), data.normalisation, few, stored=dtype, dtype=torch.float64)
+    return LiveSplit(frozen(chain), Transform(data.normalisation), few, stored=dtype, dtype=torch.float64)
 
 
 def live_source(chain: Chain, data: Dataset) -> LiveSource:

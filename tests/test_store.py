@@ -353,7 +353,7 @@ def test_unknown_formats_are_refused(options: dict[str, str], data: Dataset, net
 
 def test_a_network_for_other_images_is_refused(network: Network, tmp_path: Path, fashion: Dataset) -> None:
     cropped = Split(fashion.test.images[:, :24, :24], fashion.test.labels)
-    with pytest.raises(FastsitchError, match=r"was made for images \(3, 32, 32\) .* has \(3, 24, 24\)"):
+    with pytest.raises(FastsitchError, match="npz:x.npz has changed since R1111 was trained on it"):
         make(tmp_path / "R1111", Dataset("npz:x.npz", cropped, cropped, 10), network)
 
 

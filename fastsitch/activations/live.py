@@ -8,7 +8,7 @@ from torch import Tensor
 from fastsitch.activations.batch import Batch, Shape
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.resident import stack_positions
-from fastsitch.data import Normalisation, Split, Views
+from fastsitch.data import Split, Transform, Views
 from fastsitch.identity import torch_generator
 from fastsitch.networks.frozen import FrozenNetwork
 
@@ -19,21 +19,21 @@ PASS_IMAGES = 256
 class LiveSplit:
     """One split of a data set, and the sender that represents its images.
 
-    The sender computes in its own dtype; what it gives is cast to ``stored``, as a store would keep it, then to the
-    compute dtype ``dtype``. The images stay on the device as uint8.
+    The images stay on the device as uint8 and reach the sender through its own transform. It computes in its own dtype;
+    what it gives is cast to ``stored``, as a store would keep it, then to the compute dtype ``dtype``.
     """
 
     def __init__(
         self,
         sender: FrozenNetwork,
-        normalisation: Normalisation,
+        transform: Transform,
         split: Split,
         *,
         stored: torch.dtype,
         dtype: torch.dtype,
     ) -> None:
         self._sender = sender
-        self._normalisation = normalisation
+        self._transform = transform
         self._images = split.images.to(sender.device)
         self._stored = stored
         self._dtype = dtype
@@ -48,9 +48,8 @@ class LiveSplit:
     @torch.no_grad()
     def represent(self, images: Tensor | slice, views: Views | None = None) -> list[Tensor]:
         """The raw representations of some images at every position: maps (n, C, H, W), channels-last in memory."""
-        x = self._normalisation.apply(self._images[images])
-        if views is not None:
-            x = views.to(x.device).apply(x)
+        shown = self._images[images]
+        x = self._transform.apply(shown, None if views is None else views.to(shown.device))
         return [y.to(self._stored).to(self._dtype) for y in self._sender.representations(x)]
 
     def shuffled(self, order: ImageOrder, epoch: int, images: int, *, augment: bool = False) -> Iterator[Batch]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def store_identity(
         dataset=dataset.name,
         weights=record.weights_hash,
         data=dataset.hash,
-        normalisation={key: list(value) for key, value in asdict(record.normalisation).items()},
+        normalisation=record.transform.to_dict(dataset.input_shape[1:]),
         dtype=dtype,
         # fp16 convolutions are very slow on CPUs, and no more exact than a cast at the end
         compute="bf16" if dtype == "bf16" and native_bf16(device) else "fp32",
@@ -65,10 +65,10 @@ def ensure_store(
     """
     identity = store_identity(dataset, network, dtype=dtype, compress=compress, device=device)
     if path.exists() and not force:
-        return open_fitting(path, identity, content_only=content_only), False
+        return open_fitting(path, identity, dataset, content_only=content_only), False
     with exclusive(path.with_name(path.name + ".lock"), f"the store of {network.record.name}", wait=content_only):
         if path.exists() and not force:
-            return open_fitting(path, identity, content_only=content_only), False
+            return open_fitting(path, identity, dataset, content_only=content_only), False
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=device)
         done, total = 0, sum(sizes.values())
@@ -89,12 +89,25 @@ def ensure_store(
         return ActivationStore.open(path), True
 
 
-def open_fitting(path: Path, identity: StoreIdentity, *, content_only: bool) -> ActivationStore:
-    """Open an existing store; raises StoreError when it is damaged or not the one that ``identity`` describes."""
+def open_fitting(path: Path, identity: StoreIdentity, dataset: Dataset, *, content_only: bool) -> ActivationStore:
+    """Open an existing store of a data set.
+
+    Raises StoreError when it is damaged, not the one that ``identity`` describes, or holds other samples.
+    """
     store = ActivationStore.open(path)
     reason = stale(store, identity, content_only=content_only)
     if reason is not None:
         raise StoreError(f"{path} is stale: {reason}; {remedy(path)}")
+    for name, split in (("train", dataset.train), ("test", dataset.test)):
+        for what, found, expected in (
+            ("sample ids", store.ids(name), torch.arange(len(split))),
+            ("labels", store.labels(name), split.labels.cpu()),
+        ):
+            if not torch.equal(found, expected):
+                raise StoreError(
+                    f"{path} holds other samples than {dataset.name}, or in another order: the {what} in {name} "
+                    f"differ; {remedy(path)}"
+                )
     return store
 
 
@@ -128,7 +141,7 @@ def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype
     for start in range(0, len(images), PASS_IMAGES):
         batch = images[start : start + PASS_IMAGES]
         batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch
-        x = network.record.normalisation.apply(batch)
+        x = network.record.transform.apply(batch)
         raw = zip(frozen.positions, frozen.representations(x), strict=True)
         outputs = [position.to_rows(representation).to(dtype) for position, representation in raw]
         if copies is not None:

@@ -49,6 +49,7 @@ class StoreIdentity:
     data: str
     """Hash of the data set."""
     normalisation: dict[str, Any]
+    """Of the network's transform: mean and std, and the resolution where images are resized to it."""
     dtype: str
     compute: str
     """The precision of the forward pass."""
@@ -188,7 +189,7 @@ def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) 
         "dataset": "it holds another data set",
         "weights": "the network was trained again since",
         "data": "the data set has changed since",
-        "normalisation": "the normalisation differs",
+        "normalisation": "the normalisation or the resolution of the network differs",
         "dtype": f"it holds {store.identity.dtype} instead of {wanted.dtype}",
         "compute": f"it was computed in {store.identity.compute} instead of {wanted.compute}",
         "compress": f"its compression is {store.identity.compress} instead of {wanted.compress}",

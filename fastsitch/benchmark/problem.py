@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.resident import ResidentSource
-from fastsitch.data import DEFAULT_DATASET, Dataset, Split, load_dataset
+from fastsitch.data import DEFAULT_DATASET, Dataset, Split, Transform, load_dataset
 from fastsitch.identity import torch_generator
 from fastsitch.networks.compiled import compile_blocks
 from fastsitch.networks.frozen import FrozenNetwork
@@ -120,7 +120,7 @@ def _network(name: str, width: int, data: Dataset, device: torch.device, steps: 
         epochs = max(1, steps * batch // len(data.train))
         recipe = replace(network_recipe("fast", epochs), batch_size=batch, augment=False)
         with torch.enable_grad():
-            fit_network(chain, data, data.normalisation, parsed, recipe, device)
+            fit_network(chain, data, Transform(data.normalisation), parsed, recipe, device)
     return chain.eval()
 
 

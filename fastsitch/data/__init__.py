@@ -7,10 +7,12 @@ from fastsitch.data.load import (
     DatasetSize,
     canonical_dataset,
     dataset_folder,
+    dataset_size,
     known_size,
     load_dataset,
 )
-from fastsitch.data.views import Views, augment
+from fastsitch.data.transform import Transform
+from fastsitch.data.views import Views
 
 __all__ = [
     "DEFAULT_DATASET",
@@ -19,10 +21,11 @@ __all__ = [
     "DatasetSize",
     "Normalisation",
     "Split",
+    "Transform",
     "Views",
-    "augment",
     "canonical_dataset",
     "dataset_folder",
+    "dataset_size",
     "known_size",
     "load_dataset",
 ]

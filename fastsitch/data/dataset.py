@@ -7,13 +7,24 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastsitch.errors import ConfigError
+
+_COUNTED_PIXELS = 1 << 24
+
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Per-channel mean and standard deviation of pixels in [0, 1]."""
+    """Per-channel mean and standard deviation of pixels in [0, 1]; raises ConfigError where they cannot be."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(0 < value < float("inf") for value in self.std):
+            raise ConfigError(
+                f"mean {self.mean}, std {self.std}: expected a mean and a std above 0 for every channel, of pixels in "
+                "[0, 1]"
+            )
 
     def apply(self, images_NHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (N, H, W, C) -> normalised (N, C, H, W) in channels-last memory, on the images' device."""
@@ -69,11 +80,14 @@ class Dataset:
     @cached_property
     def normalisation(self) -> Normalisation:
         """Mean and standard deviation of the training images, from exact integer sums."""
-        pixels = self.train.images.reshape(-1, self.train.images.shape[-1])
+        images = self.train.images
         mean, std = [], []
-        for channel in pixels.unbind(-1):
-            counts = torch.bincount(channel.to(torch.int32), minlength=256).double().cpu()
-            values = torch.arange(256, dtype=torch.float64) / 255
+        values = torch.arange(256, dtype=torch.float64) / 255
+        for channel in range(images.shape[-1]):
+            # some images at a time: counting takes four bytes per pixel
+            parts = torch.split(images[..., channel], max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
+            counted = [torch.bincount(part.reshape(-1).to(torch.int32), minlength=256) for part in parts]
+            counts = torch.stack(counted).sum(0).double().cpu()
             average = (counts @ values / counts.sum()).item()
             variance = (counts @ (values - average) ** 2 / counts.sum()).item()
             mean.append(round(average, 6))

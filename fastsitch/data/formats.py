@@ -101,34 +101,9 @@ def read_npz(path: Path) -> tuple[Arrays, Arrays]:
     return train, test
 
 
-def read_image_folder(folder: Path, classes: list[str]) -> Arrays:
-    """Images of one split, one folder per class, all of one size; raises DataError."""
-    from PIL import Image
-
-    images: list[NDArray[np.uint8]] = []
-    labels: list[int] = []
-    first: tuple[Path, tuple[int, ...]] | None = None
-    for label, name in enumerate(classes):
-        for path in sorted((folder / name).rglob("*")):
-            if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm"):
-                continue
-            try:
-                with Image.open(path) as picture:
-                    pixels = np.asarray(picture.convert("RGB"))
-            except OSError as error:
-                raise DataError(f"{path} cannot be read as an image: {error}") from None
-            if first is None:
-                first = (path, pixels.shape)
-            elif pixels.shape != first[1]:
-                raise DataError(
-                    f"{path} is {pixels.shape[1]}x{pixels.shape[0]} but {first[0]} is {first[1][1]}x{first[1][0]}: "
-                    "expected images of one size; resize them first"
-                )
-            images.append(pixels)
-            labels.append(label)
-    if not images:
-        raise DataError(f"{folder} has no images: expected one folder per class with png, jpg, bmp, webp or ppm files")
-    return checked(np.stack(images), np.asarray(labels), str(folder))
+def padding(height: int, width: int) -> int:
+    """Pixels that are put around images of this size: those of MNIST's size become 32x32."""
+    return 2 if (height, width) == (28, 28) else 0
 
 
 def checked(images: NDArray[Any], labels: NDArray[Any], what: str) -> Arrays:
@@ -148,6 +123,6 @@ def checked(images: NDArray[Any], labels: NDArray[Any], what: str) -> Arrays:
         images = images[..., None]
     if images.shape[-1] == 1:
         images = images.repeat(3, -1)
-    if images.shape[1:3] == (28, 28):
-        images = np.pad(images, ((0, 0), (2, 2), (2, 2), (0, 0)))
+    if pad := padding(images.shape[1], images.shape[2]):
+        images = np.pad(images, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
     return np.ascontiguousarray(images), labels.astype(np.int64)

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from fastsitch.data.dataset import Dataset, Split
-from fastsitch.data.formats import Arrays, read_cifar, read_idx, read_image_folder, read_npz
+from fastsitch.data.formats import Arrays, padding, read_cifar, read_idx, read_npz
+from fastsitch.data.image_folder import ImageFolder
 from fastsitch.errors import DataError
 from fastsitch.identity import stable_hash
 
@@ -30,6 +31,8 @@ class DatasetSize:
     width: int = 32
     assumed: bool = False
 
+
+_LARGEST_SIDE = 4096
 
 SIZES = {
     "fashion-mini": DatasetSize(10_000, 2_000, 10),
@@ -57,18 +60,35 @@ def canonical_dataset(name: str) -> str:
     """The name under which a data set is recorded: with the absolute path of a file or folder; raises DataError."""
     if known_size(name) is not None:
         return name
-    kind, path = _located(name)
-    return f"{kind}:{path}"
+    return str(_located(name))
 
 
-def _located(name: str) -> tuple[str, Path]:
+@dataclass(frozen=True)
+class _Location:
+    """A file or folder given by the user; ``side`` is that of ``imagefolder:DIR@SIDE``."""
+
+    kind: str
+    path: Path
+    side: int | None
+
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.path}" + ("" if self.side is None else f"@{self.side}")
+
+
+def _located(name: str) -> _Location:
     kind, separator, location = name.partition(":")
     if not separator or kind not in ("imagefolder", "npz") or not location:
         raise DataError(
             f"unknown data set {name!r}: expected {', '.join(SIZES)}, one of them with :N for its first N training "
-            "images, imagefolder:DIR or npz:FILE"
+            "images, imagefolder:DIR, imagefolder:DIR@SIDE or npz:FILE"
         )
-    return kind, Path(location).resolve()
+    folder, sized, side = location.rpartition("@")
+    # a folder that has that very name comes first
+    if kind == "npz" or not (sized and folder and side.isdecimal()) or Path(location).is_dir():
+        return _Location(kind, Path(location).resolve(), None)
+    if not 8 <= int(side) <= _LARGEST_SIDE:
+        raise DataError(f"data set {name}: expected imagefolder:DIR@SIDE with a side of 8 to {_LARGEST_SIDE} pixels")
+    return _Location(kind, Path(folder).resolve(), int(side))
 
 
 def dataset_folder(name: str) -> str:
@@ -78,24 +98,49 @@ def dataset_folder(name: str) -> str:
     """
     if known_size(name) is not None:
         return name.replace(":", "-first")
-    kind, path = _located(name)
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", path.stem if kind == "npz" else path.name)
-    return f"{kind}-{stem}-{stable_hash(str(path))[:8]}"
+    place = _located(name)
+    location = str(place).partition(":")[2]
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "-", place.path.stem if place.kind == "npz" else Path(location).name)
+    return f"{place.kind}-{stem}-{stable_hash(location)[:8]}"
+
+
+def dataset_size(name: str, data_dir: Path) -> DatasetSize | None:
+    """The size of any data set; None for a file or folder that is not there. Image folders are not decoded.
+
+    Raises DataError when the data set is unknown or malformed.
+    """
+    known = known_size(name)
+    if known is not None:
+        return known
+    place = _located(name)
+    if not place.path.exists():
+        return None
+    if place.kind == "imagefolder":
+        folder = ImageFolder.scan(place.path, place.side)
+        pad = 2 * padding(*folder.size)
+        height, width = (own + pad for own in folder.size)
+        return DatasetSize(len(folder.train.files), len(folder.test.files), len(folder.classes), height, width)
+    dataset = load_dataset(name, data_dir)
+    _, height, width = dataset.input_shape
+    return DatasetSize(len(dataset.train), len(dataset.test), dataset.classes, height, width)
 
 
 def load_dataset(name: str, data_dir: Path) -> Dataset:
     """Load a data set into memory (CPU).
 
-    ``fashion-mini:5000`` is the first 5,000 training images and the whole test set of fashion-mini. ``data_dir`` is
-    where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to. Raises
-    DataError when the name is unknown, or when files are missing or malformed.
+    ``fashion-mini:5000`` is the first 5,000 training images and the whole test set of fashion-mini;
+    ``imagefolder:DIR@64`` are images of any size, the shorter side resized to 64 and the centre cropped. ``data_dir``
+    is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to; the pixels of an image
+    folder that memory does not hold are kept in a scratch file there. Raises DataError when the name is unknown, or
+    when files are missing or malformed, MemoryLimitError when neither memory nor disk hold the pixels.
     """
     name = canonical_dataset(name)
     kind, _, location = name.partition(":")
     if kind == "npz":
         train, test = read_npz(Path(location))
     elif kind == "imagefolder":
-        train, test = _image_folders(Path(location))
+        place = _located(name)
+        train, test = ImageFolder.scan(place.path, place.side).read(data_dir)
     else:
         train, test = _BY_NAME[kind](data_dir)
         if location:
@@ -178,16 +223,3 @@ def _download(name: str, folder: Path, data_dir: Path, fetch: Callable[[], objec
             f"data set {name} is not in {folder} and cannot be downloaded ({reason}): "
             f"put its files there, or name the folder that has them with --data-dir"
         ) from None
-
-
-def _image_folders(folder: Path) -> tuple[Arrays, Arrays]:
-    for part in ("train", "test"):
-        if not (folder / part).is_dir():
-            raise DataError(f"{folder} has no folder {part}/: expected train/ and test/, one folder per class in each")
-    classes, test_classes = (
-        sorted(path.name for path in (folder / part).iterdir() if path.is_dir()) for part in ("train", "test")
-    )
-    extra = sorted(set(test_classes) - set(classes))
-    if extra:
-        raise DataError(f"{folder / 'test'} has classes that train/ lacks: {', '.join(extra)}")
-    return read_image_folder(folder / "train", classes), read_image_folder(folder / "test", classes)

@@ -59,8 +59,3 @@ class Views:
             image, y_of.clamp(0, height - 1).unsqueeze(2), x_of.clamp(0, width - 1).unsqueeze(1)
         ]
         return (picked * inside.unsqueeze(-1)).permute(0, 3, 1, 2)
-
-
-def augment(x_BCHW: Tensor, generator: torch.Generator) -> Tensor:
-    """A random view of each image; the generator lives on the images' device."""
-    return Views.draw(x_BCHW.shape[0], x_BCHW.shape[2], x_BCHW.shape[3], generator).apply(x_BCHW)

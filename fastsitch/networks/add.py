@@ -125,7 +125,7 @@ def _evaluated(
         definition=definition,
     )
     require_fit(draft, images)
-    accuracy, loss = evaluate_network(module.to(device), images.test.to(device), draft.normalisation)
+    accuracy, loss = evaluate_network(module.to(device), images.test.to(device), draft.transform)
     module.cpu()
     if not math.isfinite(loss):
         raise NetworkError(f"--weights {new.weights}: the test loss of {new.name} is {loss}; expected usable weights")

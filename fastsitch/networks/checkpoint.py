@@ -10,7 +10,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import nn
 
-from fastsitch.data import Dataset, Normalisation, dataset_folder
+from fastsitch.data import Dataset, Normalisation, Transform, dataset_folder
 from fastsitch.errors import NetworkError
 from fastsitch.files import write_atomically, write_json
 from fastsitch.identity import stable_hash, tensors_hash, torch_generator
@@ -32,6 +32,7 @@ class NetworkRecord:
     width: int
     classes: int
     input_shape: tuple[int, int, int]
+    """Channels, height, width: images of another size are resized."""
     normalisation: Normalisation
     recipe: dict[str, Any]
     """How it was trained; empty for an untrained control."""
@@ -56,6 +57,11 @@ class NetworkRecord:
         if "definition" in content:
             changes["definition"] = Definition.from_dict(content["definition"])
         return cls(**{**content, **changes})
+
+    @property
+    def transform(self) -> Transform:
+        """What the network makes of a data set's images."""
+        return Transform(self.normalisation, self.input_shape[1:])
 
     def build(self) -> nn.Module:
         """The network as it begins, in eval mode: its weights are drawn from its name."""
@@ -165,7 +171,7 @@ def record_files(folder: Path) -> list[Path]:
 def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
     """The trained network that a control borrows width, data set and classes from: the one of lowest seed.
 
-    Raises NetworkError when networks of that architecture have different widths: the control would be ambiguous.
+    Raises NetworkError when networks of that architecture differ in width or transform: the control would be ambiguous.
     """
     files = [path for path in folder.glob(f"{name.architecture}*.json") if _is_seed_of(path.stem, name.architecture)]
     records = [found[0] for path in files if (found := _read_json(path)) is not None]
@@ -176,6 +182,12 @@ def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
     if any(record.definition != records[0].definition for record in records):
         listed = ", ".join(sorted(record.name for record in records))
         raise NetworkError(f"{name} is ambiguous: {listed} are not of one definition; train them again with --force")
+    if len({record.transform for record in records}) > 1:
+        listed = ", ".join(sorted(record.name for record in records))
+        raise NetworkError(
+            f"{name} is ambiguous: {listed} differ in resolution or normalisation; keep the seeds of an architecture "
+            "at one of them"
+        )
     return min(records, key=lambda record: NetworkName.parse(record.name).seed) if records else None
 
 
@@ -197,10 +209,10 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
     """Raise NetworkError when the data set is not the one that the network was trained on, as it was then."""
     # an added network may know more classes than the data set has
     fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
-    if record.input_shape != dataset.input_shape or not fits:
+    if record.input_shape[0] != dataset.input_shape[0] or not fits:
         raise NetworkError(
-            f"{record.name} was made for images {record.input_shape} and {record.classes} classes, but "
-            f"{dataset.name} has {dataset.input_shape} and {dataset.classes}: train it again with --force"
+            f"{record.name} was made for images of {record.input_shape[0]} channels and {record.classes} classes, but "
+            f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: train it again with --force"
         )
     if record.data_hash != dataset.hash:
         raise NetworkError(

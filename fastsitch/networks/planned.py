@@ -38,7 +38,7 @@ def planned_network(
     if name.built_in:
         channels = width if record is None else record.width
         blocks = BLOCKS[name.architecture]
-        positions = position_shapes(blocks, channels, size)
+        positions = position_shapes(blocks, channels, size if record is None else record.input_shape[1:])
         return PlannedNetwork(
             list(positions), resnet_flops(blocks, [shape for _, shape in positions]), record is not None
         )

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.data import Dataset, Normalisation, Split, augment
+from fastsitch.data import Dataset, Normalisation, Split, Transform, Views
 from fastsitch.errors import ConfigError, FailedError, NetworkError
 from fastsitch.files import exclusive
 from fastsitch.identity import tensors_hash, torch_generator
@@ -23,6 +23,9 @@ from fastsitch.root import Root
 log = logging.getLogger(__name__)
 
 _EVALUATION_BATCH = 500
+
+_STRIDES = 8
+"""Three stages halve the map: stitches want sides that stay whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,23 +105,37 @@ def train_network(
     width: int,
     recipe: NetworkRecipe,
     device: torch.device,
+    resolution: int | None = None,
+    normalisation: Normalisation | None = None,
     force: bool = False,
     report: Callable[[TrainReport], None] | None = None,
 ) -> NetworkRecord:
     """Train one network and save it; a network that was already trained just so is left alone.
 
-    ``width`` is that of the small ResNets; an added network is as it was defined. Raises NetworkError when one was
-    trained otherwise and ``force`` is not set, ConfigError for settings that cannot work.
+    A small ResNet has ``width`` channels in its first stage and sees images of their own size, or resized to squares of
+    side ``resolution``, normalised by the data set's mean and standard deviation or by its own. An added network is as
+    it was defined. Raises NetworkError when one was trained otherwise and ``force`` is not set, ConfigError for
+    settings that cannot work.
     """
     if name.random:
         raise ConfigError(f"{name} is an untrained control: it is derived on demand and never trained")
     if not 1 <= width <= 4096:
         raise ConfigError(f"--width {width}: expected 1 to 4096")
+    if not name.built_in and (resolution is not None or normalisation is not None):
+        raise ConfigError(
+            f"{name}: resolution and normalisation of an added network belong to its definition; give them to add"
+        )
+    if resolution is not None and (resolution < _STRIDES or resolution % _STRIDES):
+        raise ConfigError(
+            f"--resolution {resolution}: expected a multiple of {_STRIDES}, what the strides of a small ResNet take out"
+        )
     if len(dataset.train) < recipe.batch_size:
         raise ConfigError(
             f"{len(dataset.train)} training images are fewer than one batch of {recipe.batch_size} images: "
             "use a larger data set"
         )
+    channels, *size = dataset.input_shape
+    height, breadth = size if resolution is None else (resolution, resolution)
     folder = root.models(dataset.name)
     definition = None if name.built_in else require_definition(root.networks(dataset.name), name.architecture)
     draft = NetworkRecord(
@@ -127,8 +144,8 @@ def train_network(
         data_hash=dataset.hash,
         width=width if definition is None else definition.width,
         classes=dataset.classes if definition is None else definition.classes,
-        input_shape=dataset.input_shape if definition is None else definition.input_shape,
-        normalisation=(definition and definition.normalisation) or dataset.normalisation,
+        input_shape=(channels, height, breadth) if definition is None else definition.input_shape,
+        normalisation=normalisation or (definition and definition.normalisation) or dataset.normalisation,
         recipe=asdict(recipe),
         accuracy=None,
         loss=None,
@@ -146,8 +163,8 @@ def train_network(
             return existing
         on_device = dataset.to(device)
         network = draft.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        fit_network(network, on_device, draft.normalisation, name, recipe, device, report)
-        accuracy, loss = evaluate_network(network, on_device.test, draft.normalisation)
+        fit_network(network, on_device, draft.transform, name, recipe, device, report)
+        accuracy, loss = evaluate_network(network, on_device.test, draft.transform)
         if loss != loss or loss == float("inf"):
             raise FailedError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
         network = network.cpu().eval()
@@ -163,7 +180,10 @@ def _require_same(existing: NetworkRecord, wanted_record: NetworkRecord) -> None
         raise NetworkError(
             f"{existing.name} {how} on {existing.dataset}: use --force to train it anew, or another seed (--seed)"
         )
-    wanted, found = ({"width": own.width, "data": own.data_hash, **own.recipe} for own in (wanted_record, existing))
+    wanted, found = (
+        {"width": own.width, "data": own.data_hash, **_inputs(own.transform), **own.recipe}
+        for own in (wanted_record, existing)
+    )
     differing = [key for key in wanted if found.get(key) != wanted[key]]
     if differing:
         detail = ", ".join(f"{key} {_brief(found.get(key))} instead of {_brief(wanted[key])}" for key in differing)
@@ -173,6 +193,10 @@ def _require_same(existing: NetworkRecord, wanted_record: NetworkRecord) -> None
         )
 
 
+def _inputs(transform: Transform) -> dict[str, Any]:
+    return {"resolution": transform.resolution, **asdict(transform.normalisation)}
+
+
 def _brief(value: Any) -> str:
     return value[:8] if isinstance(value, str) else str(value)
 
@@ -180,7 +204,7 @@ def _brief(value: Any) -> str:
 def fit_network(
     chain: nn.Module,
     dataset: Dataset,
-    normalisation: Normalisation,
+    transform: Transform,
     name: NetworkName,
     recipe: NetworkRecipe,
     device: torch.device,
@@ -188,6 +212,7 @@ def fit_network(
 ) -> None:
     """Train ``chain`` in place, data and chain being on ``device``; ends in eval mode."""
     train = dataset.train
+    _, image_height, image_width = dataset.input_shape
     steps_per_epoch = len(train) // recipe.batch_size
     steps = recipe.epochs * steps_per_epoch
     warmup = max(1, round(recipe.warmup * steps))
@@ -199,7 +224,7 @@ def fit_network(
         nesterov=recipe.descent == "linear",
     )
     order = torch_generator("network order", str(name))
-    views = torch.Generator(device).manual_seed(name.seed)
+    generator = torch.Generator(device).manual_seed(name.seed)
     mixed = recipe.mixed_precision and native_bf16(device)
     chain.train()
     loss_sum = torch.zeros((), device=device)
@@ -209,9 +234,8 @@ def fit_network(
         loss_sum.zero_()
         for start in range(0, steps_per_epoch * recipe.batch_size, recipe.batch_size):
             index = permutation[start : start + recipe.batch_size]
-            x = normalisation.apply(train.images[index])
-            if recipe.augment:
-                x = augment(x, views)
+            views = Views.draw(len(index), image_height, image_width, generator) if recipe.augment else None
+            x = transform.apply(train.images[index], views)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 logits = chain(x)
             loss = F.cross_entropy(logits.float(), train.labels[index])
@@ -238,13 +262,13 @@ def _rate(step: int, steps: int, warmup: int, recipe: NetworkRecipe) -> float:
 
 
 @torch.no_grad()
-def evaluate_network(network: nn.Module, split: Split, normalisation: Normalisation) -> tuple[float, float]:
+def evaluate_network(network: nn.Module, split: Split, transform: Transform) -> tuple[float, float]:
     """Accuracy and mean cross-entropy over a whole split, in fp32; network and split share a device."""
     network.eval()
     correct, loss = 0, 0.0
     for start in range(0, len(split), _EVALUATION_BATCH):
         labels: Tensor = split.labels[start : start + _EVALUATION_BATCH]
-        logits = network(normalisation.apply(split.images[start : start + _EVALUATION_BATCH]))
+        logits = network(transform.apply(split.images[start : start + _EVALUATION_BATCH]))
         correct += int((logits.argmax(-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return correct / len(split), loss / len(split)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastsitch.activations.alignment import Alignment
+from fastsitch.activations.alignment import CLASS_TOKENS, RESAMPLINGS, Alignment
 from fastsitch.errors import ConfigError
 from fastsitch.kernels import space_to_depth
 from fastsitch.networks.layout import Shape as Shape
@@ -20,6 +20,12 @@ class Rules:
     """One of RESAMPLINGS, for grids whose sizes are no multiples."""
     class_token: str = "sender"
     """One of CLASS_TOKENS, for receivers with class or register tokens."""
+
+    def __post_init__(self) -> None:
+        if self.resample not in RESAMPLINGS:
+            raise ConfigError(f"--resample {self.resample}: expected one of {', '.join(RESAMPLINGS)}")
+        if self.class_token not in CLASS_TOKENS:
+            raise ConfigError(f"--class-token {self.class_token}: expected one of {', '.join(CLASS_TOKENS)}")
 
 
 DEFAULT_RULES = Rules()

@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, field, replace
 from operator import index
 from typing import Any
 
-from fastsitch.activations.alignment import CLASS_TOKENS, RESAMPLINGS
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.source import SOURCES
 from fastsitch.data import DEFAULT_DATASET, canonical_dataset
@@ -55,6 +54,36 @@ STITCH_RECIPES = {
 }
 """``paper`` as the text of the study states it, ``small`` for small data, ``published-schedule`` with the learning
 rates and the random views of the images that the authors' code really used."""
+
+
+def stitch_recipe(
+    name: str,
+    *,
+    epochs: float | None = None,
+    lr: float | None = None,
+    optimizer: str | None = None,
+    batch_size: int | None = None,
+) -> TrainingRecipe:
+    """A checked recipe by name, and what differs from it; raises ConfigError."""
+    if name not in STITCH_RECIPES:
+        raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
+    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "batch_size": batch_size}
+    recipe = replace(STITCH_RECIPES[name], **{key: value for key, value in changes.items() if value is not None})
+    _check_recipe(recipe)
+    return recipe
+
+
+def _check_recipe(recipe: TrainingRecipe) -> None:
+    if recipe.name not in STITCH_RECIPES:
+        raise ConfigError(f"--recipe {recipe.name}: expected one of {', '.join(STITCH_RECIPES)}")
+    if recipe.optimizer not in OPTIMIZERS:
+        raise ConfigError(f"--optimizer {recipe.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+    if not 0 < recipe.epochs < float("inf"):
+        raise ConfigError(f"--epochs {recipe.epochs}: expected a number above 0, such as 2 or 0.5")
+    if recipe.batch_size < 1:
+        raise ConfigError(f"--batch-size {recipe.batch_size}: expected at least 1")
+    if not 0 < recipe.lr < float("inf"):
+        raise ConfigError(f"--lr {recipe.lr}: expected a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,20 +150,11 @@ class SweepConfig:
         if not self.seeds or any(seed < 0 for seed in self.seeds):
             raise ConfigError(f"--seeds {','.join(map(str, self.seeds)) or '(none)'}: expected numbers from 0")
         recipe = self.recipe
-        if recipe.name not in STITCH_RECIPES:
-            raise ConfigError(f"--recipe {recipe.name}: expected one of {', '.join(STITCH_RECIPES)}")
-        if recipe.optimizer not in OPTIMIZERS:
-            raise ConfigError(f"--optimizer {recipe.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
+        _check_recipe(recipe)
         if recipe.optimizer == "preconditioned" and not (self.loss == "task" and self.init == "matched"):
             raise ConfigError(
                 "--optimizer preconditioned: works on the statistics of a matched start; add --init matched"
             )
-        if not 0 < recipe.epochs < float("inf"):
-            raise ConfigError(f"--epochs {recipe.epochs}: expected a number above 0, such as 2 or 0.5")
-        if recipe.batch_size < 1:
-            raise ConfigError(f"--batch-size {recipe.batch_size}: expected at least 1")
-        if not 0 < recipe.lr < float("inf"):
-            raise ConfigError(f"--lr {recipe.lr}: expected a number above 0")
         if self.group_size != "auto" and (not self.group_size.isdecimal() or int(self.group_size) < 1):
             raise ConfigError(f"--group-size {self.group_size}: expected auto or a number from 1")
         if self.precision != "auto" and self.precision not in DTYPES:
@@ -145,10 +165,7 @@ class SweepConfig:
             raise ConfigError(f"--kernel {self.kernel}: expected one of {', '.join(KERNELS)}")
         if self.source not in SOURCES:
             raise ConfigError(f"--source {self.source}: expected one of {', '.join(SOURCES)}")
-        if self.resample not in RESAMPLINGS:
-            raise ConfigError(f"--resample {self.resample}: expected one of {', '.join(RESAMPLINGS)}")
-        if self.class_token not in CLASS_TOKENS:
-            raise ConfigError(f"--class-token {self.class_token}: expected one of {', '.join(CLASS_TOKENS)}")
+        Rules(resample=self.resample, class_token=self.class_token)
         if self.augments and self.source not in ("auto", "live"):
             raise ConfigError(
                 f"--source {self.source}: recipe {recipe.name} shows new views of the images in every epoch, "
@@ -233,8 +250,6 @@ def sweep_config(
     text is a list separated by commas.
     """
     name = recipe or ("small" if dataset.partition(":")[0] == DEFAULT_DATASET else "paper")
-    if name not in STITCH_RECIPES:
-        raise ConfigError(f"--recipe {name}: expected one of {', '.join(STITCH_RECIPES)}")
     if epochs is None and others.get("solver") == "sgd":
         epochs = MATCH_EPOCHS
     if epochs is not None and epochs % 1 == 0:
@@ -242,12 +257,11 @@ def sweep_config(
         epochs = int(epochs)
     if lr is None and optimizer is not None:
         lr = OPTIMIZERS.get(optimizer)
-    changes: dict[str, Any] = {"epochs": epochs, "lr": lr, "optimizer": optimizer, "batch_size": batch_size}
     return SweepConfig(
         dataset=canonical_dataset(dataset),
         senders=_canonical(senders),
         receivers=_canonical(receivers),
-        recipe=replace(STITCH_RECIPES[name], **{key: value for key, value in changes.items() if value is not None}),
+        recipe=stitch_recipe(name, epochs=epochs, lr=lr, optimizer=optimizer, batch_size=batch_size),
         group_size=str(group_size),
         settings=tuple(dict.fromkeys(listed(settings))),
         seeds=tuple(dict.fromkeys(_seeds(seeds))),

@@ -4,12 +4,11 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from fastsitch.data import SIZES, DatasetSize, known_size, load_dataset
+from fastsitch.data import SIZES, DatasetSize, dataset_size
 from fastsitch.errors import ConfigError
 from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
@@ -234,14 +233,7 @@ def _direct_flops(sender: list[Shape], receiver: list[Shape], images: int, rules
 
 def data_size(root: Root, name: str) -> DatasetSize:
     """Known for the named data sets; counted for files that are there; otherwise a guess, marked so."""
-    known = known_size(name)
-    if known is not None:
-        return known
-    if not Path(name.partition(":")[2]).exists():
-        return replace(SIZES["cifar10"], assumed=True)
-    dataset = load_dataset(name, root.data_dir)
-    _, height, width = dataset.input_shape
-    return DatasetSize(len(dataset.train), len(dataset.test), dataset.classes, height, width)
+    return dataset_size(name, root.data_dir) or replace(SIZES["cifar10"], assumed=True)
 
 
 def convolution_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -15,7 +15,7 @@ from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.activations.precompute import open_fitting, store_identity
 from fastsitch.activations.source import Source
 from fastsitch.advice import command
-from fastsitch.data import Dataset, load_dataset
+from fastsitch.data import Dataset, Transform, load_dataset
 from fastsitch.errors import ConfigError, NetworkError, RunError
 from fastsitch.files import exclusive
 from fastsitch.machine import (
@@ -288,14 +288,17 @@ class _Networks:
         if accuracy is None:
             chain = network.chain.to(self._device)
             test = self.dataset.test.to(self._device)
-            accuracy, _ = evaluate_network(chain, test, network.record.normalisation)
+            accuracy, _ = evaluate_network(chain, test, network.record.transform)
             chain.cpu()
         positions = tuple((position.name, position.rows) for position in network.chain.positions)
+        size = self.dataset.input_shape[1:]
+        own, usual = (x.to_dict(size) for x in (network.record.transform, Transform(self.dataset.normalisation)))
         return NetworkInput(
             weights_hash=network.record.weights_hash,
             width=network.record.width,
             accuracy=accuracy,
             positions=positions,
+            transform=None if own == usual else own,
         )
 
 
@@ -322,7 +325,7 @@ def require_networks(root: Root, config: SweepConfig) -> None:
 def _check_stores(
     root: Root, config: SweepConfig, units: list[PlannedUnit], networks: "_Networks", device: torch.device
 ) -> None:
-    """Refuse a store that is stale or damaged before any work begins, not when its network's turn comes."""
+    """Refuse a store that is stale, damaged or of other samples before any work begins, not when its turn comes."""
     names = [planned.sender for planned in units]
     if config.matches:
         names += [planned.receiver for planned in units]
@@ -331,7 +334,7 @@ def _check_stores(
         if path.exists():
             network = networks.load(name)
             identity = store_identity(networks.dataset, network, dtype="bf16", compress="none", device=device)
-            open_fitting(path, identity, content_only=True)
+            open_fitting(path, identity, networks.dataset, content_only=True)
 
 
 def _existing_run(

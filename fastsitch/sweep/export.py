@@ -77,4 +77,5 @@ def _matching(config: SweepConfig) -> dict[str, Any]:
 
 
 def _network(network: Any) -> dict[str, Any]:
-    return {"accuracy": network.accuracy, "width": network.width, "weights_hash": network.weights_hash}
+    known = {"accuracy": network.accuracy, "width": network.width, "weights_hash": network.weights_hash}
+    return known if network.transform is None else {**known, "transform": network.transform}

@@ -38,7 +38,7 @@ from fastsitch.sweep.choose_source import source_costs
 from fastsitch.sweep.config import listed
 from fastsitch.sweep.execute import Report, SweepReport
 from fastsitch.sweep.groups import train_in_groups
-from fastsitch.sweep.input_stitches import InputStitches, InputStitchFiles, NormalisedImages, input_cells
+from fastsitch.sweep.input_stitches import InputImages, InputStitches, InputStitchFiles, input_cells
 from fastsitch.sweep.memory import StepKind, group_memory, matching_memory, memory_budget
 from fastsitch.sweep.plan import PlannedUnit
 from fastsitch.sweep.results import Run
@@ -65,7 +65,7 @@ class PairImages:
     """Which images of the test set."""
     labels: tuple[int, ...]
     actual: NDArray[np.float32]
-    """(n, H, W, C)."""
+    """(n, H, W, C), in the receiver's resolution."""
     generated: Mapping[str, NDArray[np.float32]]
     """(S, n, H, W, C), clamped; NaN where a stitch diverged."""
     clamped: Mapping[str, NDArray[np.float64]]
@@ -227,8 +227,7 @@ class _Images:
         config = self.run.config
         how: dict[str, Any] = {"kernel": self.run.resolved.kernel, "rules": config.rules}
         receiver = self._receiver(planned.receiver)
-        normalisation = self.load(planned.receiver).record.normalisation
-        expected = NormalisedImages(self.dataset.train, normalisation, self.device)
+        expected = InputImages(self.dataset.train, self.load(planned.receiver).record.transform, self.device)
         cells = input_cells(planned.unit, len(source.shapes))
         exact = match(pair_moments(moments, expected))
         matched = {cell: exact[cell.i, 0] for cell in cells}
@@ -275,14 +274,15 @@ class _Images:
     def draw(self, planned: PlannedUnit, stitches: InputStitches, index: Sequence[int]) -> PairImages:
         """What a unit's stitches make of the test images ``index``."""
         run, unit = self.run, planned.unit
-        normalisation = self.load(planned.receiver).record.normalisation
+        record = self.load(planned.receiver).record
+        pixels_NCHW = self.dataset.test.images[list(index)].float().permute(0, 3, 1, 2) / 255
         provided = self._provided(planned.sender, tuple(index))
         positions, rules = self.load(planned.sender).chain.positions, run.config.rules
         generated, clamped = {}, {}
         for variant, results in stitches.items():
             pixels = torch.stack(
                 [
-                    normalisation.invert(generate(x, result, self.dataset.input_shape, position, rules))
+                    record.normalisation.invert(generate(x, result, record.input_shape, position, rules))
                     for x, result, position in zip(provided, results, positions, strict=True)
                 ]
             )
@@ -298,7 +298,7 @@ class _Images:
             network_accuracies=(sender.accuracy, receiver.accuracy),
             images=tuple(index),
             labels=tuple(self.dataset.test.labels[list(index)].tolist()),
-            actual=(self.dataset.test.images[list(index)].float() / 255).numpy(),
+            actual=record.transform.resize(pixels_NCHW).permute(0, 2, 3, 1).contiguous().numpy(),
             generated=generated,
             clamped=clamped,
             results=stitches,

@@ -17,7 +17,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
-from fastsitch.data import Normalisation, Split
+from fastsitch.data import Split, Transform
 from fastsitch.files import write_atomically, write_npz
 from fastsitch.identity import stable_hash
 from fastsitch.stitching.cells import Cell, Unit
@@ -29,7 +29,7 @@ from fastsitch.sweep.results import Run
 log = logging.getLogger(__name__)
 
 VARIANTS = ("vanilla", "matched")
-"""Trained on the task loss through the whole receiver, or of least squared error to the normalised image."""
+"""Trained on the task loss through the whole receiver, or of least squared error to the image as it sees it."""
 
 _NUMBERS = ("accuracy", "loss", "train_loss", "status", "matched_error")
 
@@ -52,21 +52,21 @@ def input_cells(unit: Unit, senders: int) -> list[Cell]:
     return [Cell(input_unit(unit), i, 0) for i in range(senders)]
 
 
-class NormalisedImages:
+class InputImages:
     """Training images as what a receiver expects at its input: an OrderedSplit of one position, in fp32."""
 
-    def __init__(self, split: Split, normalisation: Normalisation, device: torch.device) -> None:
+    def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
         self._images = split.images
-        self._normalisation = normalisation
+        self._transform = transform
         self._device = device
         _, height, width, channels = split.images.shape
-        self.shapes: Sequence[Shape] = [(channels, height, width)]
+        self.shapes: Sequence[Shape] = [(channels, *(transform.resolution or (height, width)))]
         self.labels = split.labels.to(device)
         self.ids = torch.arange(len(split), device=device)
 
     def images(self, position: int, start: int, stop: int) -> Tensor:
         assert position == 0
-        return self._normalisation.apply(self._images[start:stop].to(self._device)).permute(0, 2, 3, 1)
+        return self._transform.apply(self._images[start:stop].to(self._device)).permute(0, 2, 3, 1)
 
 
 class InputStitchFiles:

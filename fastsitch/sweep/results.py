@@ -53,6 +53,8 @@ class NetworkInput:
     accuracy: float
     positions: tuple[tuple[str, Shape], ...]
     """Name and shape of every position: (C, H, W) for maps."""
+    transform: dict[str, Any] | None = None
+    """Mean, std and resolution of its inputs, where they are not those of the data set."""
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "NetworkInput":

@@ -98,7 +98,7 @@ class Representations:
         network, identity = self._load(name), self._identity(name)
         return LiveSplit(
             FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=self._device),
-            network.record.normalisation,
+            network.record.transform,
             split,
             stored=DTYPES[identity.dtype],
             dtype=self._dtype,

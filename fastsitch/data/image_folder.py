@@ -1,0 +1,196 @@
+"""Folders of images, one folder per class: looked through first, then decoded one by one into one array."""
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from fastsitch.data.formats import Arrays, padding
+from fastsitch.errors import DataError, MemoryLimitError
+from fastsitch.files import free_space
+from fastsitch.machine import available_memory
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+_KINDS = "png, jpg, bmp, webp, ppm or pgm"
+
+MEMORY_SHARE = 0.5
+"""Share of the free memory that pixels may take; beyond it they are kept in a file on disk that no other process sees
+and that ends with this one."""
+
+_GREY = ("1", "L", "LA")
+_COLOUR = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
+
+
+@dataclass(frozen=True)
+class FolderSplit:
+    """The files of one split and their labels, by class and path."""
+
+    files: tuple[Path, ...]
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What a folder of images holds, from the heads of its files alone; no pixel is decoded yet.
+
+    ``size`` (height, width) is that of all images: their own, or ``side`` x ``side`` after resizing the shorter side
+    to it (bilinear with antialias) and cropping the centre.
+    """
+
+    path: Path
+    train: FolderSplit
+    test: FolderSplit
+    classes: tuple[str, ...]
+    size: tuple[int, int]
+    side: int | None
+
+    @property
+    def bytes(self) -> int:
+        """Of all pixels, decoded, in three channels."""
+        pad = 2 * padding(*self.size)
+        pixels = (self.size[0] + pad) * (self.size[1] + pad)
+        return 3 * pixels * (len(self.train.files) + len(self.test.files))
+
+    @classmethod
+    def scan(cls, path: Path, side: int | None = None) -> "ImageFolder":
+        """Look through ``path/train`` and ``path/test``, one folder per class in each.
+
+        Raises DataError, naming the file where there is one, for classes that are empty or not in both, and for images
+        that cannot be opened, are not all grey or all in colour, have more than 8 bits per channel, or, without
+        ``side``, more than one size.
+        """
+        for part in ("train", "test"):
+            if not (path / part).is_dir():
+                raise DataError(
+                    f"{path} has no folder {part}/: expected train/ and test/, one folder per class in each"
+                )
+        classes, tested = (
+            tuple(sorted(own.name for own in (path / part).iterdir() if own.is_dir())) for part in ("train", "test")
+        )
+        for part, own, other, others in (("test", tested, "train", classes), ("train", classes, "test", tested)):
+            extra = [name for name in own if name not in others]
+            if extra:
+                raise DataError(
+                    f"{path / part} has classes that {other}/ lacks: {', '.join(extra)}; expected the same class "
+                    "folders in both"
+                )
+        train, test = (_files(path / part, classes) for part in ("train", "test"))
+        return cls(path, train, test, classes, _common_size([*train.files, *test.files], side), side)
+
+    def read(self, scratch: Path) -> tuple[Arrays, Arrays]:
+        """Decode all images as (N, H, W, 3), training and test; 28x28 ones are padded to 32x32.
+
+        Where half of the free memory does not hold them, they are kept in a file in ``scratch``. Raises
+        MemoryLimitError before anything is decoded where that has no room either, DataError naming the file for an
+        image that cannot be decoded.
+        """
+        room = MEMORY_SHARE * available_memory(torch.device("cpu"))
+        on_disk = self.bytes > room
+        where = f"a scratch file in {scratch}" if on_disk else "memory"
+        if on_disk and self.bytes > free_space(scratch):
+            raise MemoryLimitError(
+                f"{self.path}: {self._described}, but {room / 1e9:.1f} GB of memory may be used and "
+                f"{free_space(scratch) / 1e9:.1f} GB of disk are free in {scratch}: use smaller images "
+                "(imagefolder:DIR@SIDE), fewer of them, or another --data-dir"
+            )
+        log.info("%s: %s, decoded into %s", self.path, self._described, where)
+        train, test = (self._read(split, scratch if on_disk else None) for split in (self.train, self.test))
+        return train, test
+
+    @property
+    def _described(self) -> str:
+        count, (height, width) = len(self.train.files) + len(self.test.files), self.size
+        size = f"{self.bytes / 1e9:.1f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
+        return f"{count} images of {width}x{height} in {len(self.classes)} classes take {size} as pixels"
+
+    def _read(self, split: FolderSplit, scratch: Path | None) -> Arrays:
+        height, width = self.size
+        pad = padding(height, width)
+        shape = (len(split.files), height + 2 * pad, width + 2 * pad, 3)
+        images = np.zeros(shape, np.uint8) if scratch is None else _array_on_disk(shape, scratch)
+        for image, file in zip(images, split.files, strict=True):
+            with _opened(file) as picture:
+                pixels = np.asarray(self._shown(picture.convert("RGB")))
+            if pixels.shape != (height, width, 3):
+                raise DataError(f"{file} has changed while it was read: expected {width}x{height}")
+            image[pad : pad + height, pad : pad + width] = pixels
+        return images, np.asarray(split.labels, np.int64)
+
+    def _shown(self, picture: Image.Image) -> Image.Image:
+        if self.side is None:
+            return picture
+        from torchvision.transforms.v2 import functional
+
+        shown: Image.Image = functional.center_crop(functional.resize(picture, [self.side]), [self.side])
+        return shown
+
+
+def _files(folder: Path, classes: tuple[str, ...]) -> FolderSplit:
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        own = [path for path in sorted((folder / name).rglob("*")) if path.suffix.lower() in SUFFIXES]
+        if not own:
+            raise DataError(f"{folder / name} has no images: expected {_KINDS} files in every class")
+        files += own
+        labels += [label] * len(own)
+    if not files:
+        raise DataError(f"{folder} has no images: expected one folder per class with {_KINDS} files")
+    return FolderSplit(tuple(files), tuple(labels))
+
+
+def _common_size(files: list[Path], side: int | None) -> tuple[int, int]:
+    """Height and width of all images; refuses what cannot be one array."""
+    first: tuple[Path, tuple[int, int], bool] | None = None
+    for file in files:
+        with _opened(file) as picture:
+            size, mode = picture.size, picture.mode
+        if mode not in _GREY + _COLOUR:
+            raise DataError(f"{file} has pixels of type {mode}: expected 8 bits per channel; convert it first")
+        grey = mode in _GREY
+        if first is None:
+            first = (file, size, grey)
+        if grey != first[2]:
+            kinds = {True: "grey", False: "in colour"}
+            raise DataError(
+                f"{file} is {kinds[grey]} but {first[0]} is {kinds[first[2]]}: expected images that are all grey or "
+                "all in colour; convert them first"
+            )
+        if side is None and size != first[1]:
+            raise DataError(
+                f"{file} is {size[0]}x{size[1]} but {first[0]} is {first[1][0]}x{first[1][1]}: expected images of one "
+                "size; resize them first, or let imagefolder:DIR@SIDE crop and resize them to squares"
+            )
+    assert first is not None
+    return (first[1][1], first[1][0]) if side is None else (side, side)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Image.Image]:
+    """An image file; whatever is wrong with it, also later while it is decoded, is a DataError that names it."""
+    try:
+        with Image.open(file) as picture:
+            yield picture
+    # what Pillow's decoders raise for broken files
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise DataError(f"{file} cannot be read as an image: {error}") from None
+
+
+def _array_on_disk(shape: tuple[int, ...], folder: Path) -> NDArray[np.uint8]:
+    """An array of zeros in a file without a name, which the system removes when the array or the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        if hasattr(os, "posix_fallocate"):
+            # a disk that fills up later would end the process
+            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape, dtype=np.int64)))
+        return np.memmap(file, np.uint8, "r+", shape=shape)

@@ -1,0 +1,52 @@
+"""From the images of a data set to the inputs of a network."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastsitch.data.dataset import Normalisation
+from fastsitch.data.views import Views
+from fastsitch.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Transform:
+    """What a network makes of images: its normalisation, and its resolution (height, width), None for their own.
+
+    Images of another size are resized in fp32, bilinear with antialias, to exactly that height and width. It belongs to
+    the network: two networks see the same images in the same order, each through its own transform.
+    """
+
+    normalisation: Normalisation
+    resolution: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None and min(self.resolution) < 1:
+            raise ConfigError(f"resolution {self.resolution}: expected a height and a width of at least 1")
+
+    def apply(self, images_NHWC: Tensor, views: Views | None = None) -> Tensor:
+        """uint8 (N, H, W, C) -> fp32 (N, C, R, S) in channels-last memory, on the images' device.
+
+        ``views``, on the same device, show the images before they are resized: what a view leaves empty is 0 after
+        normalisation, the mean of the data. Resizing is linear and keeps constants, so that it may come last.
+        """
+        x = self.normalisation.apply(images_NHWC)
+        return self.resize(x if views is None else views.apply(x))
+
+    def resize(self, x_NCHW: Tensor) -> Tensor:
+        """Bring images of any range to the network's resolution; those that have it come back as they are."""
+        size = None if self.resolution is None else list(self.resolution)
+        if size in (None, list(x_NCHW.shape[2:])):
+            return x_NCHW
+        resized = F.interpolate(x_NCHW, size, mode="bilinear", align_corners=False, antialias=True)
+        return resized.contiguous(memory_format=torch.channels_last)
+
+    def to_dict(self, size: tuple[int, int]) -> dict[str, Any]:
+        """What a store of images of this height and width records: the resolution only where they are resized."""
+        content: dict[str, Any] = {key: list(value) for key, value in asdict(self.normalisation).items()}
+        if self.resolution is not None and self.resolution != size:
+            content["resolution"] = list(self.resolution)
+        return content
