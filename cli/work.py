@@ -15,6 +15,7 @@ from fastsitch.cli.options import (
     DatasetOption,
     DebugOption,
     DeviceOption,
+    RayOption,
     RootOption,
     TrainDatasetOption,
     comma_separated,
@@ -93,6 +94,7 @@ def precompute(
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     device: DeviceOption = "auto",
+    ray: RayOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Run each network once and store its representations at every position."""
@@ -116,6 +118,7 @@ def precompute(
             root=root,
             data_dir=data_dir,
             device=device,
+            ray=ray,
             report=report,
             finished=finished,
         )
@@ -164,6 +167,7 @@ def sweep(
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
     device: DeviceOption = "auto",
+    ray: RayOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Train the stitches between all pairs; a run that exists is continued."""
@@ -218,6 +222,7 @@ def sweep(
             data_dir=data_dir,
             device=device,
             memory=memory,
+            ray=ray,
             report=report,
             **options,
         )

@@ -12,6 +12,7 @@ from fastsitch.analysis.compare import compare_run
 from fastsitch.analysis.error_files import read_errors
 from fastsitch.analysis.errors import StitchErrors
 from fastsitch.api import bench, configure_sweep, estimate, images, measure_errors, open_run, precompute, sweep, train
+from fastsitch.cluster.cluster import Cluster
 from fastsitch.data import load_dataset
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Chain",
+    "Cluster",
     "FastsitchError",
     "Position",
     "Run",

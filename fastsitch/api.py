@@ -1,33 +1,35 @@
 """The commands as functions, for notebooks and scripts. Nothing here prints."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastsitch.activations.precompute import ensure_store
+from fastsitch.activations.precompute import StoreMaker
 from fastsitch.activations.store import ActivationStore
 from fastsitch.advice import command
 from fastsitch.analysis import measure
 from fastsitch.analysis.measure import MeasureReport
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.run import BenchResult, Report, run_bench
-from fastsitch.data import DEFAULT_DATASET, canonical_dataset, load_dataset
+from fastsitch.cluster.cluster import Cluster, connected
+from fastsitch.cluster.worker import Station
+from fastsitch.data import DEFAULT_DATASET, canonical_dataset
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.files import output_folder
 from fastsitch.inventory import find_run, infer_dataset
-from fastsitch.machine import configure, resolve_device
-from fastsitch.networks.checkpoint import NetworkRecord, load_network, namesake, read_record
+from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record
 from fastsitch.networks.names import NetworkName
-from fastsitch.networks.training import TrainReport, network_recipe, train_network
+from fastsitch.networks.training import NetworkTrainer, TrainReport, network_recipe
 from fastsitch.report.images import write_images
 from fastsitch.root import Root
 from fastsitch.sweep.config import SweepConfig, listed, sweep_config
 from fastsitch.sweep.estimate import SweepEstimate, estimate_sweep
-from fastsitch.sweep.execute import SweepReport, run_sweep
+from fastsitch.sweep.execute import SweepReport
 from fastsitch.sweep.images import Chosen, run_images
 from fastsitch.sweep.results import Run
+from fastsitch.sweep.run import run_sweep
 
 PathLike = str | os.PathLike[str]
 
@@ -43,35 +45,25 @@ def train(
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
     device: str = "auto",
+    ray: str | Cluster | None = None,
     report: Callable[[NetworkName, TrainReport], None] | None = None,
     finished: Callable[[NetworkRecord], None] | None = None,
 ) -> list[NetworkRecord]:
     """Train networks on a data set and save them; those that are trained just so already are left alone.
 
     ``seed`` is that of every name without one of its own (``R1111`` with seed 3 is ``R1111@3``). All names are checked
-    before any work begins; ``finished`` is called with each record as it is there. Raises ConfigError, DataError,
-    NetworkError, or FailedError when a training diverges.
+    before any work begins; ``finished`` is called with each record as it is there. ``ray``: see :func:`sweep`. Raises
+    ConfigError, DataError, NetworkError, or FailedError when a training diverges.
     """
     place = Root.at(root, data_dir)
     names = [_seeded(text, seed) for text in networks]
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
     chosen = network_recipe(recipe, epochs)
-    torch_device = resolve_device(device)
-    configure(torch_device)
-    images = load_dataset(dataset, place.data_dir)
+    data = canonical_dataset(dataset)
+    make = partial(NetworkTrainer, dataset=data, width=width, recipe=chosen, force=force)
     records = []
-    for name in names:
-        record = train_network(
-            place,
-            images,
-            name,
-            width=width,
-            recipe=chosen,
-            device=torch_device,
-            force=force,
-            report=None if report is None else partial(report, name),
-        )
+    for _, record in _each(ray, place, make, names, device, "the training of {}", report):
         records.append(record)
         if finished is not None:
             finished(record)
@@ -87,14 +79,15 @@ def precompute(
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
     device: str = "auto",
+    ray: str | Cluster | None = None,
     report: Callable[[NetworkName, int, int], None] | None = None,
     finished: Callable[[NetworkName, ActivationStore, bool], None] | None = None,
 ) -> list[ActivationStore]:
     """Run networks once over a data set and store every representation.
 
     Stores that are up to date are left alone; ``finished`` is called with each store as it is there, and whether it was
-    made now. Raises StoreError when one is stale or damaged and ``force`` is not set, NetworkError when a network was
-    never trained.
+    made now. ``ray``: see :func:`sweep`. Raises StoreError when one is stale or damaged and ``force`` is not set,
+    NetworkError when a network was never trained.
     """
     place = Root.at(root, data_dir)
     names = [NetworkName.parse(text) for text in networks]
@@ -111,21 +104,14 @@ def precompute(
         listed = ", ".join(map(str, missing))
         line = command("train", *missing, dataset=name_of_data, root=place.path)
         raise NetworkError(f"not trained yet on {name_of_data}: {listed}; train first with\n  {line}")
-    torch_device = resolve_device(device)
-    configure(torch_device)
-    images = load_dataset(name_of_data, place.data_dir)
+    make = partial(StoreMaker, dataset=name_of_data, dtype=dtype, compress=compress, force=force)
+
+    def images_done(name: NetworkName, done: tuple[int, int]) -> None:
+        if report is not None:
+            report(name, *done)
+
     stores = []
-    for name in names:
-        store, made = ensure_store(
-            place.store(name_of_data, name),
-            images,
-            load_network(folder, name),
-            dtype=dtype,
-            compress=compress,
-            device=torch_device,
-            force=force,
-            report=None if report is None else partial(report, name),
-        )
+    for name, (store, made) in _each(ray, place, make, names, device, "the store of {}", images_done):
         stores.append(store)
         if finished is not None:
             finished(name, store, made)
@@ -155,17 +141,22 @@ def sweep(
     data_dir: PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
+    ray: str | Cluster | None = None,
     report: Callable[[SweepReport], None] | None = None,
     **options: Any,
 ) -> Run:
     """Train and evaluate the stitches of all pairs; a run that exists is continued.
 
     ``options``: settings, seeds, recipe, epochs, lr, optimizer, batch_size, group_size, precision, kernel, compile,
-    source, loss, solver, init, receiver_bn; see :func:`fastsitch.sweep.config.sweep_config`. Raises ConfigError,
-    DataError, NetworkError, StoreError or RunError.
+    source, loss, solver, init, receiver_bn; see :func:`fastsitch.sweep.config.sweep_config`. ``ray`` is the address of
+    a Ray cluster whose machines do the work, all of which see the root under the same path: ``HOST:PORT``, ``auto``
+    for the one on this machine, ``local`` for one that starts and stops by itself, or a :class:`fastsitch.Cluster`.
+    Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    return run_sweep(Root.at(root, data_dir), config, run=run, device=device, memory=memory, report=report)
+    place = Root.at(root, data_dir)
+    with connected(ray, place.path) as cluster:
+        return run_sweep(place, config, run=run, device=device, memory=memory, report=report, cluster=cluster)
 
 
 def estimate(
@@ -264,6 +255,28 @@ def images(
         report=report,
     )
     return write_images(pairs, folder)
+
+
+def _each(
+    ray: str | Cluster | None,
+    place: Root,
+    make: Callable[..., Station],
+    names: list[NetworkName],
+    device: str,
+    what: str,
+    report: Callable[[NetworkName, Any], None] | None,
+) -> Iterator[tuple[NetworkName, Any]]:
+    """What ``make(root, device=...)`` does with each network: here, one by one, or on the workers of a cluster."""
+    tell = report or (lambda name, progress: None)
+    if ray is None:
+        station = make(place, device=device)
+        for name in names:
+            yield name, station(name, partial(tell, name))
+        return
+    with connected(ray, place.path) as cluster:
+        places = cluster.places(device)
+        elsewhere = partial(make, place.absolute(), device=places.device)
+        yield from cluster.carry_out(elsewhere, names, places, name=what.format, report=tell)
 
 
 def _seeded(text: str, seed: int) -> NetworkName:

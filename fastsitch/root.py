@@ -29,6 +29,10 @@ class Root:
             raise ConfigError(f"--root {root} is a file: expected a folder, or a name for a new one")
         return cls(root, Path(data_dir or os.environ.get("FASTSITCH_DATA_DIR") or root / "data"))
 
+    def absolute(self) -> "Root":
+        """The same root for processes that work elsewhere."""
+        return Root(self.path.absolute(), self.data_dir.absolute())
+
     def models(self, dataset: str) -> Path:
         return self.path / "models" / dataset_folder(dataset)
 

@@ -11,6 +11,7 @@ PROJECT = Path(__file__).parents[1]
 LAYERS = [
     {"errors", "files", "identity", "kernels", "advice"},
     {"machine"},
+    {"cluster"},
     {"data"},
     {"root", "networks"},
     {"activations"},

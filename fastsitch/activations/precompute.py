@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +14,14 @@ from fastsitch.activations.background import Background
 from fastsitch.activations.live import PASS_IMAGES
 from fastsitch.activations.store import ActivationStore, StoreIdentity, remedy, stale
 from fastsitch.activations.writer import StoreWriter, writing
-from fastsitch.data import Dataset
+from fastsitch.data import Dataset, load_dataset
 from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
-from fastsitch.machine import DTYPES, native_bf16
-from fastsitch.networks.checkpoint import Network, require_fit
+from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
+from fastsitch.networks.checkpoint import Network, load_network, require_fit
 from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.networks.names import NetworkName
+from fastsitch.root import Root
 
 Report = Callable[[int, int], None]
 """report(images done, images in all)."""
@@ -86,6 +89,41 @@ def ensure_store(
                         report(done, total)
                 background.run(writer.write_samples, name, split.labels, torch.arange(len(split)))
         return ActivationStore.open(path), True
+
+
+class StoreMaker:
+    """Makes the stores of networks of one data set, as :func:`ensure_store` does, on the device of this machine."""
+
+    def __init__(
+        self,
+        root: Root,
+        dataset: str,
+        *,
+        device: str,
+        dtype: str = "bf16",
+        compress: str = "none",
+        force: bool = False,
+        content_only: bool = False,
+    ) -> None:
+        self._root = root
+        self._device = resolve_device(device)
+        configure(self._device)
+        self._dataset = load_dataset(dataset, root.data_dir)
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "compress": compress,
+            "force": force,
+            "content_only": content_only,
+        }
+
+    def __call__(
+        self, name: NetworkName, tell: Callable[[tuple[int, int]], None] | None = None
+    ) -> tuple[ActivationStore, bool]:
+        """The store of a network, and whether it was made now; ``tell`` gets images done and images in all."""
+        report = None if tell is None else lambda done, total: tell((done, total))
+        path = self._root.store(self._dataset.name, name)
+        network = load_network(self._root.models(self._dataset.name), name)
+        return ensure_store(path, self._dataset, network, device=self._device, report=report, **self._options)
 
 
 def open_fitting(path: Path, identity: StoreIdentity, *, content_only: bool) -> ActivationStore:
