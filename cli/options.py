@@ -38,6 +38,14 @@ TrainDatasetOption = Annotated[
     typer.Option("--dataset", help="fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR or npz:FILE."),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        help="Where activation stores lie: a folder or s3://BUCKET/PREFIX (or FASTSITCH_ACTIVATIONS).",
+        show_default="ROOT/activations",
+    ),
+]
 RayOption = Annotated[
     str | None,
     typer.Option(

@@ -11,6 +11,7 @@ from fastsitch.activations.store import ActivationStore
 from fastsitch.cli.console import Progress, duration, size
 from fastsitch.cli.estimates import show_estimate
 from fastsitch.cli.options import (
+    ActivationsOption,
     DataDirOption,
     DatasetOption,
     DebugOption,
@@ -93,6 +94,7 @@ def precompute(
     root: RootOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    activations: ActivationsOption = None,
     device: DeviceOption = "auto",
     ray: RayOption = None,
     debug: DebugOption = False,
@@ -117,6 +119,7 @@ def precompute(
             force=force,
             root=root,
             data_dir=data_dir,
+            activations=activations,
             device=device,
             ray=ray,
             report=report,
@@ -166,6 +169,7 @@ def sweep(
     root: RootOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    activations: ActivationsOption = None,
     device: DeviceOption = "auto",
     ray: RayOption = None,
     debug: DebugOption = False,
@@ -202,6 +206,7 @@ def sweep(
                 dataset=config.dataset,
                 root=root,
                 data_dir=data_dir,
+                activations=activations,
                 device=device,
                 memory=memory,
                 **options,
@@ -220,6 +225,7 @@ def sweep(
             run=name,
             root=root,
             data_dir=data_dir,
+            activations=activations,
             device=device,
             memory=memory,
             ray=ray,

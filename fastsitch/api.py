@@ -78,6 +78,7 @@ def precompute(
     force: bool = False,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     ray: str | Cluster | None = None,
     report: Callable[[NetworkName, int, int], None] | None = None,
@@ -86,10 +87,10 @@ def precompute(
     """Run networks once over a data set and store every representation.
 
     Stores that are up to date are left alone; ``finished`` is called with each store as it is there, and whether it was
-    made now. ``ray``: see :func:`sweep`. Raises StoreError when one is stale or damaged and ``force`` is not set,
-    NetworkError when a network was never trained.
+    made now. ``activations`` and ``ray``: see :func:`sweep`. Raises StoreError when one is stale or damaged and
+    ``force`` is not set, NetworkError when a network was never trained.
     """
-    place = Root.at(root, data_dir)
+    place = Root.at(root, data_dir, activations)
     names = [NetworkName.parse(text) for text in networks]
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
@@ -139,6 +140,7 @@ def sweep(
     run: str | None = None,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
     ray: str | Cluster | None = None,
@@ -151,10 +153,11 @@ def sweep(
     source, loss, solver, init, receiver_bn; see :func:`fastsitch.sweep.config.sweep_config`. ``ray`` is the address of
     a Ray cluster whose machines do the work, all of which see the root under the same path: ``HOST:PORT``, ``auto``
     for the one on this machine, ``local`` for one that starts and stops by itself, or a :class:`fastsitch.Cluster`.
+    ``activations`` is where stores lie instead of the root: a folder, or s3://BUCKET/PREFIX.
     Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    place = Root.at(root, data_dir)
+    place = Root.at(root, data_dir, activations)
     with connected(ray, place.path) as cluster:
         return run_sweep(place, config, run=run, device=device, memory=memory, report=report, cluster=cluster)
 
@@ -166,13 +169,14 @@ def estimate(
     dataset: str | None = None,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
     **options: Any,
 ) -> SweepEstimate:
     """What :func:`sweep` with the same arguments would take; needs neither data nor networks."""
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    return estimate_sweep(Root.at(root, data_dir), config, device, memory)
+    return estimate_sweep(Root.at(root, data_dir, activations), config, device, memory)
 
 
 def bench(

@@ -21,6 +21,7 @@ from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
 from fastsitch.networks.checkpoint import Network, load_network, require_fit
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.networks.names import NetworkName
+from fastsitch.remote import Place
 from fastsitch.root import Root
 
 Report = Callable[[int, int], None]
@@ -48,7 +49,7 @@ def store_identity(
 
 @torch.no_grad()
 def ensure_store(
-    path: Path,
+    path: Place,
     dataset: Dataset,
     network: Network,
     *,
@@ -68,7 +69,7 @@ def ensure_store(
     identity = store_identity(dataset, network, dtype=dtype, compress=compress, device=device)
     if path.exists() and not force:
         return open_fitting(path, identity, content_only=content_only), False
-    with exclusive(path.with_name(path.name + ".lock"), f"the store of {network.record.name}", wait=content_only):
+    with exclusive(_lock(path), f"the store of {network.record.name}", wait=content_only):
         if path.exists() and not force:
             return open_fitting(path, identity, content_only=content_only), False
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
@@ -89,6 +90,11 @@ def ensure_store(
                         report(done, total)
                 background.run(writer.write_samples, name, split.labels, torch.arange(len(split)))
         return ActivationStore.open(path), True
+
+
+def _lock(path: Place) -> Path:
+    folder = path.parent if isinstance(path, Path) else path.locks / path.parent.name
+    return folder / f"{path.name}.lock"
 
 
 class StoreMaker:
@@ -126,7 +132,7 @@ class StoreMaker:
         return ensure_store(path, self._dataset, network, device=self._device, report=report, **self._options)
 
 
-def open_fitting(path: Path, identity: StoreIdentity, *, content_only: bool) -> ActivationStore:
+def open_fitting(path: Place, identity: StoreIdentity, *, content_only: bool) -> ActivationStore:
     """Open an existing store; raises StoreError when it is damaged or not the one that ``identity`` describes."""
     store = ActivationStore.open(path)
     reason = stale(store, identity, content_only=content_only)
