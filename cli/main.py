@@ -56,7 +56,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = app(with_addresses(sys.argv[1:]), standalone_mode=False)
+        code = app(args=with_addresses(sys.argv[1:]), standalone_mode=False)
         # typer turns Ctrl-C into a return value
         return _interrupted() if code == 130 else code if isinstance(code, int) else 0
     except typer.Exit as stop:

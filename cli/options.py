@@ -63,7 +63,7 @@ DebugOption = Annotated[
 
 def with_addresses(arguments: list[str]) -> list[str]:
     """Arguments in which ``--ray`` without an address, last or before another option, asks for a local cluster."""
-    following = [*arguments[1:], "-"]
+    following = [*arguments, "-"][1:]
     return [
         f"--ray={LOCAL}" if own == "--ray" and after.startswith("-") else own
         for own, after in zip(arguments, following, strict=True)

@@ -172,7 +172,9 @@ def _where() -> str:
 def _refusal(url: str, error: Exception) -> ConfigError | FailedError:
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError):
+    # listing has no error of its own for it
+    denied = any(status in str(error) for status in ("401 Unauthorized", "403 Forbidden"))
+    if denied or isinstance(error, PermissionDeniedError | UnauthenticatedError):
         return ConfigError(
             f"--activations {url}: access denied{_where()}; expected AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY of "
             "someone who may list, read, write and delete there"

@@ -88,7 +88,8 @@ def pipeline(place: Place) -> AbstractContextManager[Any]:
     """How an array is read and written, chosen when it is opened: on a disk by zarrs, which is several times faster."""
     if isinstance(place, RemoteFolder):
         return nullcontext()
-    return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    quick: AbstractContextManager[Any] = zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+    return quick
 
 
 def answering(place: Place) -> AbstractContextManager[None]:

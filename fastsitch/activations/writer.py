@@ -151,10 +151,10 @@ def writing(
     attempt left behind is removed first, what this one wrote when it fails: a full disk must not stay full. The caller
     holds the lock.
     """
-    partial, old = (_partial(path), path.with_name(path.name + ".old")) if isinstance(path, Path) else (path, path)
-    for leftover in dict.fromkeys((partial, old)):
-        remove(leftover)
+    partial = _partial(path) if isinstance(path, Path) else path
+    remove(partial)
     if isinstance(path, Path):
+        remove(_old(path))
         path.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer = StoreWriter(partial, identity, positions, sizes)
@@ -164,15 +164,11 @@ def writing(
         remove(partial)
         raise
     if isinstance(path, Path):
-        _put_in_place(partial, path, old)
-
-
-def _put_in_place(partial: Path, path: Path, old: Path) -> None:
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    sync_file(path.parent)
-    remove(old)
+        if path.exists():
+            path.rename(_old(path))
+        _partial(path).rename(path)
+        sync_file(path.parent)
+        remove(_old(path))
 
 
 def leftover_bytes(path: Path) -> int:
@@ -182,3 +178,7 @@ def leftover_bytes(path: Path) -> int:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old")

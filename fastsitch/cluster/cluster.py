@@ -86,6 +86,7 @@ class Cluster:
         whose worker is lost, or that fails otherwise than by one of our own errors, is tried again by another worker,
         three times in all. Our own errors are raised at once.
         """
+        self._root.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self._root, prefix=".fastsitch-scratch-") as shared:
             tell = report or (lambda job, progress: None)
             work = Work(make=make, jobs=jobs, name=name, key=key, report=tell)

@@ -49,13 +49,22 @@ def checked_address(address: str) -> str:
             f"--ray {address}: expected HOST:PORT of a Ray cluster, auto for the one that runs on this machine, or "
             "no address for one that starts and stops by itself"
         )
+    expected = "expected the address that 'ray start --head' printed"
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+        if not _speaks_grpc(host.strip("[]"), int(port)):
+            raise ConfigError(f"--ray {address}: what answers there is no Ray cluster; {expected}")
     except OSError as error:
-        raise ConfigError(
-            f"--ray {address}: nothing answers there ({error}): expected the address that 'ray start --head' printed"
-        ) from None
+        raise ConfigError(f"--ray {address}: nothing answers there ({error}); {expected}") from None
     return address
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Whether a server speaks Ray's protocol, HTTP/2; Ray itself would wait for that for minutes."""
+    encrypted = os.environ.get("RAY_USE_TLS", "0") not in ("", "0")
+    with socket.create_connection((host, port), timeout=_PATIENCE) as connection:
+        settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        return encrypted or connection.recv(4)[3:] == settings[3:4]
 
 
 @contextmanager
@@ -73,8 +82,7 @@ def connection(address: str) -> Iterator[Any]:
         return
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address == LOCAL:
-        # a cluster obeys whoever reaches its ports: only we know the word
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        # a cluster obeys whoever reaches its ports: Ray asks for a word then, which it would keep in the home folder
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with _temporary_folder() as folder:
             memory = {"object_store_memory": _RESULTS_MEMORY}

@@ -79,7 +79,9 @@ class Worker:
             return
         work = self._thread.submit(self._work, job)
         work.add_done_callback(lambda _: self._events.put(None))
-        yield from iter(self._events.get, None)
+        # Ray sends into generators, which an iterator behind yield from would not take
+        for event in iter(self._events.get, None):  # noqa: UP028
+            yield event
         yield Finished(work.result())
 
     def _work(self, job: Any) -> Any:
