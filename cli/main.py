@@ -10,6 +10,7 @@ import typer
 
 from fastsitch import __version__
 from fastsitch.cli import bench, console, images, info, networks, paper, results, work
+from fastsitch.cli.options import with_addresses
 from fastsitch.errors import FastsitchError
 from fastsitch.machine import out_of_memory
 
@@ -56,7 +57,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        code = app(standalone_mode=False)
+        code = app(args=with_addresses(sys.argv[1:]), standalone_mode=False)
         # typer turns Ctrl-C into a return value
         return _interrupted() if code == 130 else code if isinstance(code, int) else 0
     except typer.Exit as stop:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from fastsitch.cli import console
+from fastsitch.cluster.connect import LOCAL
 from fastsitch.errors import ConfigError
 
 RootOption = Annotated[
@@ -39,10 +40,36 @@ TrainDatasetOption = Annotated[
     ),
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+ActivationsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--activations",
+        help="Where activation stores lie: a folder or s3://BUCKET/PREFIX (or FASTSITCH_ACTIVATIONS).",
+        show_default="ROOT/activations",
+    ),
+]
+RayOption = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="[ADDRESS]",
+        help="Work on a Ray cluster: HOST:PORT, auto for the one on this machine; without an address one is started.",
+        show_default="no cluster",
+    ),
+]
 DebugOption = Annotated[
     bool,
     typer.Option("--debug", help="Show the traceback of an error.", callback=console.set_debug, is_eager=True),
 ]
+
+
+def with_addresses(arguments: list[str]) -> list[str]:
+    """Arguments in which ``--ray`` without an address, last or before another option, asks for a local cluster."""
+    following = [*arguments, "-"][1:]
+    return [
+        f"--ray={LOCAL}" if own == "--ray" and after.startswith("-") else own
+        for own, after in zip(arguments, following, strict=True)
+    ]
 
 
 def comma_separated(text: str) -> list[str]:

@@ -8,7 +8,7 @@ import typer
 
 import fastsitch
 from fastsitch.cli.console import Progress, duration, size, table
-from fastsitch.cli.options import DataDirOption, DebugOption, DeviceOption, RootOption
+from fastsitch.cli.options import DataDirOption, DebugOption, DeviceOption, RayOption, RootOption
 from fastsitch.paper.estimate import PaperEstimate
 from fastsitch.paper.study import SCALES, STAGES, STUDIES
 from fastsitch.sweep.config import SETTINGS
@@ -58,6 +58,7 @@ def paper(
     root: RootOption = None,
     data_dir: DataDirOption = None,
     device: DeviceOption = "auto",
+    ray: RayOption = None,
     debug: DebugOption = False,
 ) -> None:
     """The whole published study: networks, stitches, controls, tables, figures. What is there already is kept."""
@@ -88,7 +89,7 @@ def paper(
             progress.update(done, total)
 
         folder = out or Path(f"paper-{study}-{scale}")
-        files = fastsitch.paper(out=folder, report=report, **options)
+        files = fastsitch.paper(out=folder, ray=ray, report=report, **options)
     typer.echo(f"{duration(time.monotonic() - start)}; {len(files)} files in {folder}/")
 
 

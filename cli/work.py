@@ -11,10 +11,12 @@ from fastsitch.activations.store import ActivationStore
 from fastsitch.cli.console import Progress, duration, size
 from fastsitch.cli.estimates import show_estimate
 from fastsitch.cli.options import (
+    ActivationsOption,
     DataDirOption,
     DatasetOption,
     DebugOption,
     DeviceOption,
+    RayOption,
     RootOption,
     TrainDatasetOption,
     comma_separated,
@@ -99,7 +101,9 @@ def precompute(
     root: RootOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    activations: ActivationsOption = None,
     device: DeviceOption = "auto",
+    ray: RayOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Run each network once and store its representations at every position."""
@@ -122,7 +126,9 @@ def precompute(
             force=force,
             root=root,
             data_dir=data_dir,
+            activations=activations,
             device=device,
+            ray=ray,
             report=report,
             finished=finished,
         )
@@ -178,7 +184,9 @@ def sweep(
     root: RootOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    activations: ActivationsOption = None,
     device: DeviceOption = "auto",
+    ray: RayOption = None,
     debug: DebugOption = False,
 ) -> None:
     """Train the stitches between all pairs; a run that exists is continued."""
@@ -215,6 +223,7 @@ def sweep(
                 dataset=config.dataset,
                 root=root,
                 data_dir=data_dir,
+                activations=activations,
                 device=device,
                 memory=memory,
                 **options,
@@ -233,8 +242,10 @@ def sweep(
             run=name,
             root=root,
             data_dir=data_dir,
+            activations=activations,
             device=device,
             memory=memory,
+            ray=ray,
             report=report,
             **options,
         )

@@ -24,6 +24,7 @@ from fastsitch.api import (
     sweep,
     train,
 )
+from fastsitch.cluster.cluster import Cluster
 from fastsitch.errors import FastsitchError
 from fastsitch.networks.chain import Chain, Position
 from fastsitch.networks.layout import Layout
@@ -38,6 +39,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Chain",
+    "Cluster",
     "FastsitchError",
     "Layout",
     "Position",

@@ -7,12 +7,22 @@ DEFAULT_ROOT = "fastsitch-data"
 
 
 def command(
-    verb: str, *names: object, dataset: str | None = None, root: Path | None = None, force: bool = False
+    verb: str,
+    *names: object,
+    dataset: str | None = None,
+    root: Path | None = None,
+    activations: str | None = None,
+    force: bool = False,
 ) -> str:
-    """``fastsitch VERB NAMES --dataset ... --root ... --force``, quoted for a shell; the default root is left out."""
+    """``fastsitch VERB NAMES --dataset ... --root ... --activations ... --force``, quoted for a shell.
+
+    The default root is left out.
+    """
     parts = ["fastsitch", verb, *map(str, names)]
     if dataset is not None:
         parts += ["--dataset", dataset]
     if root is not None and str(root) != DEFAULT_ROOT:
         parts += ["--root", str(root)]
+    if activations is not None:
+        parts += ["--activations", activations]
     return shlex.join([*parts, "--force"] if force else parts)

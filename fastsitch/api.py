@@ -2,18 +2,20 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastsitch.activations.precompute import ensure_store
+from fastsitch.activations.precompute import StoreMaker
 from fastsitch.activations.store import ActivationStore
 from fastsitch.advice import command
 from fastsitch.analysis import measure
 from fastsitch.analysis.measure import MeasureReport
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.run import BenchResult, Report, run_bench
+from fastsitch.cluster.cluster import Cluster, connected
+from fastsitch.cluster.worker import Station
 from fastsitch.data import DEFAULT_DATASET, Dataset, Normalisation, canonical_dataset
 from fastsitch.data import load_dataset as read_dataset
 from fastsitch.errors import ConfigError, NetworkError
@@ -21,18 +23,19 @@ from fastsitch.files import output_folder
 from fastsitch.inventory import find_run, infer_dataset
 from fastsitch.machine import configure, resolve_device
 from fastsitch.networks.add import NewNetwork, add_network
-from fastsitch.networks.checkpoint import NetworkRecord, load_network, namesake, read_record
+from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record
 from fastsitch.networks.definition import Definition, require_defined
 from fastsitch.networks.model_source import ModelSource
 from fastsitch.networks.names import NetworkName
-from fastsitch.networks.training import TrainReport, network_recipe, train_network
+from fastsitch.networks.training import NetworkTrainer, TrainReport, network_recipe
 from fastsitch.report.images import write_images
 from fastsitch.root import Root
 from fastsitch.sweep.config import SweepConfig, listed, sweep_config
 from fastsitch.sweep.estimate import SweepEstimate, estimate_sweep
-from fastsitch.sweep.execute import SweepReport, run_sweep
+from fastsitch.sweep.execute import SweepReport
 from fastsitch.sweep.images import Chosen, run_images
 from fastsitch.sweep.results import Run
+from fastsitch.sweep.run import run_sweep
 
 PathLike = str | os.PathLike[str]
 
@@ -57,6 +60,7 @@ def train(
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
     device: str = "auto",
+    ray: str | Cluster | None = None,
     report: Callable[[NetworkName, TrainReport], None] | None = None,
     finished: Callable[[NetworkRecord], None] | None = None,
 ) -> list[NetworkRecord]:
@@ -65,8 +69,8 @@ def train(
     ``width`` is that of the small ResNets; networks that were added are as they were defined. ``seed`` is that of every
     name without one of its own (``R1111`` with seed 3 is ``R1111@3``). ``resolution`` is the side to which images are
     resized for these networks, ``normalisation`` their own mean and standard deviation of pixels in [0, 1]; without
-    them a network takes both from its definition or from the data set. All names are checked
-    before any work begins; ``finished`` is called with each record as it is there. Raises ConfigError, DataError,
+    them a network takes both from its definition or from the data set. All names are checked before any work begins;
+    ``finished`` is called with each record as it is there. ``ray``: see :func:`sweep`. Raises ConfigError, DataError,
     NetworkError, or FailedError when a training diverges.
     """
     place = Root.at(root, data_dir)
@@ -74,24 +78,19 @@ def train(
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
     chosen = network_recipe(recipe, epochs)
-    torch_device = resolve_device(device)
-    configure(torch_device)
-    require_defined(place, dataset, names)
-    images = read_dataset(dataset, place.data_dir)
+    data = canonical_dataset(dataset)
+    require_defined(place, data, names)
+    make = partial(
+        NetworkTrainer,
+        dataset=data,
+        width=width,
+        recipe=chosen,
+        resolution=resolution,
+        normalisation=normalisation,
+        force=force,
+    )
     records = []
-    for name in names:
-        record = train_network(
-            place,
-            images,
-            name,
-            width=width,
-            recipe=chosen,
-            resolution=resolution,
-            normalisation=normalisation,
-            device=torch_device,
-            force=force,
-            report=None if report is None else partial(report, name),
-        )
+    for _, record in _each(ray, place, make, names, device, "the training of {}", report):
         records.append(record)
         if finished is not None:
             finished(record)
@@ -146,17 +145,19 @@ def precompute(
     force: bool = False,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
+    ray: str | Cluster | None = None,
     report: Callable[[NetworkName, int, int], None] | None = None,
     finished: Callable[[NetworkName, ActivationStore, bool], None] | None = None,
 ) -> list[ActivationStore]:
     """Run networks once over a data set and store every representation.
 
     Stores that are up to date are left alone; ``finished`` is called with each store as it is there, and whether it was
-    made now. Raises StoreError when one is stale or damaged and ``force`` is not set, NetworkError when a network was
-    never trained.
+    made now. ``activations`` and ``ray``: see :func:`sweep`. Raises StoreError when one is stale or damaged and
+    ``force`` is not set, NetworkError when a network was never trained.
     """
-    place = Root.at(root, data_dir)
+    place = Root.at(root, data_dir, activations)
     names = [NetworkName.parse(text) for text in networks]
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
@@ -172,21 +173,14 @@ def precompute(
         listed = ", ".join(map(str, missing))
         line = command("train", *missing, dataset=name_of_data, root=place.path)
         raise NetworkError(f"not trained yet on {name_of_data}: {listed}; train first with\n  {line}")
-    torch_device = resolve_device(device)
-    configure(torch_device)
-    images = read_dataset(name_of_data, place.data_dir)
+    make = partial(StoreMaker, dataset=name_of_data, dtype=dtype, compress=compress, force=force)
+
+    def images_done(name: NetworkName, done: tuple[int, int]) -> None:
+        if report is not None:
+            report(name, *done)
+
     stores = []
-    for name in names:
-        store, made = ensure_store(
-            place.store(name_of_data, name),
-            images,
-            load_network(folder, name),
-            dtype=dtype,
-            compress=compress,
-            device=torch_device,
-            force=force,
-            report=None if report is None else partial(report, name),
-        )
+    for name, (store, made) in _each(ray, place, make, names, device, "the store of {}", images_done):
         stores.append(store)
         if finished is not None:
             finished(name, store, made)
@@ -214,8 +208,10 @@ def sweep(
     run: str | None = None,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
+    ray: str | Cluster | None = None,
     report: Callable[[SweepReport], None] | None = None,
     **options: Any,
 ) -> Run:
@@ -223,10 +219,15 @@ def sweep(
 
     ``options``: settings, seeds, recipe, epochs, lr, optimizer, batch_size, group_size, precision, kernel, compile,
     source, loss, solver, init, receiver_bn, resample, class_token; see :func:`fastsitch.sweep.config.sweep_config`.
+    ``ray`` is the address of a Ray cluster whose machines do the work, all of which see the root under the same path:
+    ``HOST:PORT``, ``auto`` for the one on this machine, ``local`` for one that starts and stops by itself, or a
+    :class:`fastsitch.Cluster`. ``activations`` is where stores lie instead of the root: a folder, or s3://BUCKET/PREFIX.
     Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    return run_sweep(Root.at(root, data_dir), config, run=run, device=device, memory=memory, report=report)
+    place = Root.at(root, data_dir, activations)
+    with connected(ray, place.path) as cluster:
+        return run_sweep(place, config, run=run, device=device, memory=memory, report=report, cluster=cluster)
 
 
 def estimate(
@@ -236,13 +237,14 @@ def estimate(
     dataset: str | None = None,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
     **options: Any,
 ) -> SweepEstimate:
     """What :func:`sweep` with the same arguments would take; needs neither data nor networks."""
     config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
-    return estimate_sweep(Root.at(root, data_dir), config, device, memory)
+    return estimate_sweep(Root.at(root, data_dir, activations), config, device, memory)
 
 
 def bench(
@@ -342,6 +344,28 @@ def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) ->
 
 def _joined(values: Sequence[float] | None) -> str:
     return "(none)" if values is None else ",".join(f"{value:g}" for value in values)
+
+
+def _each(
+    ray: str | Cluster | None,
+    place: Root,
+    make: Callable[..., Station],
+    names: list[NetworkName],
+    device: str,
+    what: str,
+    report: Callable[[NetworkName, Any], None] | None,
+) -> Iterator[tuple[NetworkName, Any]]:
+    """What ``make(root, device=...)`` does with each network: here, one by one, or on the workers of a cluster."""
+    tell = report or (lambda name, progress: None)
+    if ray is None:
+        station = make(place, device=device)
+        for name in names:
+            yield name, station(name, partial(tell, name))
+        return
+    with connected(ray, place.path) as cluster:
+        places = cluster.places(device)
+        elsewhere = partial(make, place.absolute(), device=places.device)
+        yield from cluster.carry_out(elsewhere, names, places, name=what.format, report=tell)
 
 
 def _seeded(text: str, seed: int) -> NetworkName:

@@ -71,10 +71,15 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     sync_file(path.parent)
 
 
+def json_bytes(content: dict[str, Any]) -> bytes:
+    """Indented JSON; NaN and infinities are refused, they are not JSON."""
+    return (json.dumps(content, indent=1, allow_nan=False) + "\n").encode()
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write ``content`` atomically as indented JSON; NaN and infinities are refused, they are not JSON."""
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Write ``content`` atomically as :func:`json_bytes`."""
+    text = json_bytes(content)
+    write_atomically(path, lambda file: file.write(text))
 
 
 def write_npz(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 PROJECT = Path(__file__).parents[1]
 
 LAYERS = [
-    {"errors", "files", "identity", "kernels", "advice"},
+    {"errors", "files", "identity", "kernels", "advice", "remote"},
     {"machine"},
+    {"cluster"},
     {"data"},
     {"root", "networks"},
     {"activations"},

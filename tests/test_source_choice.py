@@ -17,7 +17,7 @@ from fastsitch.errors import ConfigError, MemoryLimitError
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.sweep import estimate as estimates
-from fastsitch.sweep import execute, source_rates
+from fastsitch.sweep import prepare, source_rates
 from fastsitch.sweep.choose_source import SourceCosts, SourceRates, choose_source, source_costs
 from fastsitch.sweep.config import sweep_config
 from tests.conftest import Command, save_npz
@@ -155,7 +155,7 @@ def test_the_source_of_a_run_is_chosen_once(
     resident = (4 * 1024 * 2 + 8 * 256 + 16 * 64 + 32 * 16) * (TRAIN + TEST) * 4
     options: dict[str, Any] = {"root": root, "run": "chosen", "precision": "fp32", **OPTIONS}
     with monkeypatch.context() as small, caplog.at_level(logging.INFO):
-        small.setattr(execute, "available_memory", lambda device: int(1.5 * resident))
+        small.setattr(prepare, "available_memory", lambda device: int(1.5 * resident))
         small.setattr(source_rates, "live_rate", lambda split: 5.0)
         run = fastsitch.sweep(["R1111"], ["R1111", "R1112"], **options)
     (line,) = re.findall("source streamed: .*", caplog.text)
@@ -246,7 +246,7 @@ def test_a_sweep_with_a_source_that_does_not_fit_leaves_nothing_behind(
     place: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, dataset = place
-    monkeypatch.setattr(execute, "available_memory", lambda device: 10_000_000)
+    monkeypatch.setattr(prepare, "available_memory", lambda device: 10_000_000)
     with pytest.raises(
         MemoryLimitError, match=r"--source resident needs \d+\.\d MB of memory, a sweep may take .* MB: "
     ):

@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,16 @@ from fastsitch.activations.background import Background
 from fastsitch.activations.live import PASS_IMAGES
 from fastsitch.activations.store import ActivationStore, StoreIdentity, remedy, stale
 from fastsitch.activations.writer import StoreWriter, writing
-from fastsitch.data import Dataset
+from fastsitch.data import Dataset, load_dataset
 from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
-from fastsitch.machine import DTYPES, native_bf16
-from fastsitch.networks.checkpoint import Network, require_fit
+from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
+from fastsitch.networks.checkpoint import Network, load_network, require_fit
 from fastsitch.networks.frozen import FrozenNetwork
 from fastsitch.networks.layout import stored_size
+from fastsitch.networks.names import NetworkName
+from fastsitch.remote import Place
+from fastsitch.root import Root
 
 Report = Callable[[int, int], None]
 """report(images done, images in all)."""
@@ -46,7 +50,7 @@ def store_identity(
 
 @torch.no_grad()
 def ensure_store(
-    path: Path,
+    path: Place,
     dataset: Dataset,
     network: Network,
     *,
@@ -66,7 +70,7 @@ def ensure_store(
     identity = store_identity(dataset, network, dtype=dtype, compress=compress, device=device)
     if path.exists() and not force:
         return open_fitting(path, identity, dataset, content_only=content_only), False
-    with exclusive(path.with_name(path.name + ".lock"), f"the store of {network.record.name}", wait=content_only):
+    with exclusive(_lock(path), f"the store of {network.record.name}", wait=content_only):
         if path.exists() and not force:
             return open_fitting(path, identity, dataset, content_only=content_only), False
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
@@ -89,7 +93,47 @@ def ensure_store(
         return ActivationStore.open(path), True
 
 
-def open_fitting(path: Path, identity: StoreIdentity, dataset: Dataset, *, content_only: bool) -> ActivationStore:
+def _lock(path: Place) -> Path:
+    folder = path.parent if isinstance(path, Path) else path.locks / path.parent.name
+    return folder / f"{path.name}.lock"
+
+
+class StoreMaker:
+    """Makes the stores of networks of one data set, as :func:`ensure_store` does, on the device of this machine."""
+
+    def __init__(
+        self,
+        root: Root,
+        dataset: str,
+        *,
+        device: str,
+        dtype: str = "bf16",
+        compress: str = "none",
+        force: bool = False,
+        content_only: bool = False,
+    ) -> None:
+        self._root = root
+        self._device = resolve_device(device)
+        configure(self._device)
+        self._dataset = load_dataset(dataset, root.data_dir)
+        self._options: dict[str, Any] = {
+            "dtype": dtype,
+            "compress": compress,
+            "force": force,
+            "content_only": content_only,
+        }
+
+    def __call__(
+        self, name: NetworkName, tell: Callable[[tuple[int, int]], None] | None = None
+    ) -> tuple[ActivationStore, bool]:
+        """The store of a network, and whether it was made now; ``tell`` gets images done and images in all."""
+        report = None if tell is None else lambda done, total: tell((done, total))
+        path = self._root.store(self._dataset.name, name)
+        network = load_network(self._root.models(self._dataset.name), name)
+        return ensure_store(path, self._dataset, network, device=self._device, report=report, **self._options)
+
+
+def open_fitting(path: Place, identity: StoreIdentity, dataset: Dataset, *, content_only: bool) -> ActivationStore:
     """Open an existing store of a data set.
 
     Raises StoreError when it is damaged, not the one that ``identity`` describes, or holds other samples.

@@ -11,25 +11,22 @@ every file, so that missing, truncated and exchanged files are found when a stor
 """
 
 import json
-import zlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zarrs  # noqa: F401  registers the codec pipeline; has to come before zarr
-
-import zarr  # isort: skip
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastsitch.activations.files import MANIFEST, answering, checksums, file_sizes, open_array, read_file
 from fastsitch.advice import command
-from fastsitch.errors import ConfigError, NetworkError, StoreError
+from fastsitch.errors import ConfigError, FastsitchError, NetworkError, StoreError
 from fastsitch.identity import stable_hash
 from fastsitch.networks.chain import Position
+from fastsitch.remote import Place, RemoteFolder
+from fastsitch.root import STORES
 
 FORMAT = 1
 COMPRESSIONS = ("none", "zstd")
@@ -73,7 +70,7 @@ class ActivationStore:
     """
 
     def __init__(
-        self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+        self, path: Place, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
     ) -> None:
         self.path = path
         self.identity = identity
@@ -83,7 +80,7 @@ class ActivationStore:
         self._arrays: dict[tuple[str, bool], Any] = {}
 
     @classmethod
-    def open(cls, path: Path) -> "ActivationStore":
+    def open(cls, path: Place) -> "ActivationStore":
         """Open a store after checking manifest, census and checksums of all files.
 
         Raises StoreError naming the file and the reason when anything is missing, cut off, exchanged or foreign.
@@ -95,7 +92,7 @@ class ActivationStore:
             store = cls(path, identity, positions, dict(manifest["sizes"]))
             files = manifest["files"]
         except (KeyError, TypeError, IndexError, NetworkError) as error:
-            raise StoreError(f"{path / 'manifest.json'} is no manifest of an activation store ({error})") from None
+            raise StoreError(f"{path / MANIFEST} is no manifest of an activation store ({error})") from None
         _census(path, files)
         return store
 
@@ -129,15 +126,14 @@ class ActivationStore:
         """Images per chunk of an array."""
         return int(self._array(f"{split}/{index}").chunks[0])
 
-    def chunk_file(self, split: str, index: int, number: int) -> Path:
-        """The file of an array's chunk."""
+    def chunk_file(self, split: str, index: int, number: int) -> str:
+        """The name of an array's chunk, relative to the store."""
         return self._chunk_file(f"{split}/{index}", number)
 
     def _array(self, name: str, *, whole_chunks: bool = True) -> Any:
         """An array opened for reads of whole chunks by zarrs, or of any part by zarr's own pipeline."""
         if (name, whole_chunks) not in self._arrays:
-            with zarrs_pipeline() if whole_chunks else nullcontext():
-                self._arrays[name, whole_chunks] = zarr.open_array(self.path / name, mode="r", zarr_format=3)
+            self._arrays[name, whole_chunks] = open_array(self.path, name, quick=whole_chunks)
         return self._arrays[name, whole_chunks]
 
     def _read(self, name: str, start: int, stop: int) -> NDArray[Any]:
@@ -149,9 +145,12 @@ class ActivationStore:
         # pipeline is slower, but decodes chunks whole and finds the damage
         edge = last - last % step
         try:
-            parts = [array[first:edge]] if edge > first else []
-            if last > max(edge, first):
-                parts.append(self._array(name, whole_chunks=False)[max(edge, first) : last])
+            with answering(self.path):
+                parts = [array[first:edge]] if edge > first else []
+                if last > max(edge, first):
+                    parts.append(self._array(name, whole_chunks=False)[max(edge, first) : last])
+        except FastsitchError:
+            raise
         except (RuntimeError, ValueError, OSError) as error:
             raise StoreError(
                 f"{self._damaged(name, first, last)} was altered or damaged ({error}); {remedy(self.path)}"
@@ -160,7 +159,7 @@ class ActivationStore:
         values = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
         return values[start - first : stop - first]
 
-    def _damaged(self, name: str, first: int, last: int) -> Path:
+    def _damaged(self, name: str, first: int, last: int) -> Place:
         """The file of the chunk that cannot be read, or the array's folder."""
         array = self._array(name, whole_chunks=False)
         step = array.chunks[0]
@@ -168,18 +167,25 @@ class ActivationStore:
             try:
                 array[start : min(start + step, last)]
             except (RuntimeError, ValueError, OSError):
-                return self._chunk_file(name, start // step)
+                return self.path / self._chunk_file(name, start // step)
         return self.path / name
 
-    def _chunk_file(self, name: str, number: int) -> Path:
+    def _chunk_file(self, name: str, number: int) -> str:
         dimensions = len(self._array(name).shape)
-        return self.path / name / ".".join([str(number), *["0"] * (dimensions - 1)])
+        return f"{name}/" + ".".join([str(number), *["0"] * (dimensions - 1)])
 
 
-def remedy(path: Path) -> str:
+def remedy(path: Place) -> str:
     """The command that makes a store again, for error messages."""
     network = path.name.removesuffix(".partial")
-    return f"make the store again with {command('precompute', network, root=path.parents[2], force=True)}"
+    folder = path.parent.parent
+    if isinstance(path, RemoteFolder):
+        line = command("precompute", network, root=path.locks.parent, activations=str(folder), force=True)
+    elif path.parents[1].name == STORES:
+        line = command("precompute", network, root=path.parents[2], force=True)
+    else:
+        line = command("precompute", network, activations=str(folder), force=True)
+    return f"make the store again with {line}"
 
 
 def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) -> str | None:
@@ -202,12 +208,14 @@ def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) 
     return None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    file = path / "manifest.json"
-    if not file.is_file():
-        raise StoreError(f"{path} has no manifest.json: it is no complete activation store; {remedy(path)}")
+def _read_manifest(path: Place) -> dict[str, Any]:
+    file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
+        text = read_file(path, MANIFEST)
+    except FileNotFoundError:
+        raise StoreError(f"{path} has no {MANIFEST}: it is no complete activation store; {remedy(path)}") from None
+    try:
+        manifest = json.loads(text)
         found_hash = manifest.pop("manifest_hash")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise StoreError(f"{file} is no manifest of an activation store ({error}); {remedy(path)}") from None
@@ -218,26 +226,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return dict(manifest)
 
 
-def _census(path: Path, files: dict[str, list[int]]) -> None:
-    for name, (size, checksum) in files.items():
-        file = path / name
-        if not file.is_file():
-            raise StoreError(f"{file} is missing; {remedy(path)}")
-        if file.stat().st_size != size:
-            raise StoreError(f"{file} has {file.stat().st_size} bytes, expected {size}; {remedy(path)}")
-        if file_checksum(file) != checksum:
-            raise StoreError(f"{file} has another checksum than the manifest says; {remedy(path)}")
-
-
-def file_checksum(path: Path) -> int:
-    """Of a chunk the crc32c that it ends in (verified on every read), of other files their crc32."""
-    if path.suffix == ".json":
-        return zlib.crc32(path.read_bytes())
-    with path.open("rb") as file:
-        file.seek(-4, 2)
-        return int.from_bytes(file.read(4), "little")
-
-
-def zarrs_pipeline() -> Any:
-    """zarrs reads and writes several times faster; chosen when an array is opened, without touching others."""
-    return zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})
+def _census(path: Place, files: dict[str, list[int]]) -> None:
+    sizes = file_sizes(path)
+    for name, (size, _) in files.items():
+        if name not in sizes:
+            raise StoreError(f"{path / name} is missing; {remedy(path)}")
+        if sizes[name] != size:
+            raise StoreError(f"{path / name} has {sizes[name]} bytes, expected {size}; {remedy(path)}")
+    found = checksums(path, {name: sizes[name] for name in files})
+    for name, (_, checksum) in files.items():
+        if found[name] != checksum:
+            raise StoreError(f"{path / name} has another checksum than the manifest says; {remedy(path)}")

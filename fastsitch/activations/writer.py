@@ -1,6 +1,5 @@
 """Writing an activation store: aside, checked, flushed, and put in place by one rename."""
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -11,16 +10,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsitch.activations.files import (
+    answering,
+    checksums,
+    file_sizes,
+    flush,
+    new_group,
+    pipeline,
+    remove,
+    write_manifest,
+)
 from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.store import FORMAT, STORED_AS, StoreIdentity, file_checksum, zarrs_pipeline
+from fastsitch.activations.store import FORMAT, STORED_AS, StoreIdentity
 from fastsitch.errors import FailedError, StoreError
-from fastsitch.files import sync_file, write_json
+from fastsitch.files import sync_file
 from fastsitch.identity import stable_hash
 from fastsitch.machine import DTYPES
 from fastsitch.networks.layout import elements, stored_size
 from fastsitch.networks.position import Position
+from fastsitch.remote import Place
 
-import zarr  # isort: skip
 from zarr.codecs import Crc32cCodec, ZstdCodec  # isort: skip
 
 CHUNK_BYTES = 4 << 20
@@ -36,7 +45,7 @@ class StoreWriter:
     """Writes a store beside its final place; see :func:`writing`."""
 
     def __init__(
-        self, path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+        self, path: Place, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
     ) -> None:
         self.path = path
         self.identity = identity
@@ -45,8 +54,8 @@ class StoreWriter:
         self._stored_as = np.dtype(STORED_AS[identity.dtype])
         self._dtype = DTYPES[identity.dtype]
         compressors: list[Any] = [ZstdCodec(level=1)] if identity.compress == "zstd" else []
-        with zarrs_pipeline():
-            group = zarr.open_group(path, mode="w", zarr_format=3)
+        with answering(path), pipeline(path):
+            group = new_group(path)
             self._arrays: dict[str, Any] = {}
             for split, images in sizes.items():
                 for position in positions:
@@ -95,20 +104,21 @@ class StoreWriter:
             )
         if self.identity.dtype == "bf16":
             values = values.view(torch.uint16)
-        self._arrays[f"{split}/{index}"][start : start + len(values)] = values.numpy()
+        with answering(self.path):
+            self._arrays[f"{split}/{index}"][start : start + len(values)] = values.numpy()
 
     def write_samples(self, split: str, labels: Tensor, ids: Tensor) -> None:
         """Write the labels and sample ids of a whole split."""
-        self._arrays[f"{split}/labels"][:] = labels.cpu().numpy()
-        self._arrays[f"{split}/ids"][:] = ids.cpu().numpy()
+        with answering(self.path):
+            self._arrays[f"{split}/labels"][:] = labels.cpu().numpy()
+            self._arrays[f"{split}/ids"][:] = ids.cpu().numpy()
 
     def finish(self) -> None:
         """Check that every chunk is there, flush everything to the disk, then write the manifest."""
-        files = {}
-        for path in sorted(self.path.rglob("*")):
-            sync_file(path)
-            if path.is_file():
-                files[path.relative_to(self.path).as_posix()] = [path.stat().st_size, file_checksum(path)]
+        flush(self.path)
+        sizes = file_sizes(self.path)
+        sums = checksums(self.path, sizes)
+        files = {name: [size, sums[name]] for name, size in sizes.items()}
         for name, array in self._arrays.items():
             written = sum(file.rpartition("/")[0] == name for file in files) - 1
             expected = -(-array.shape[0] // array.chunks[0])
@@ -122,7 +132,7 @@ class StoreWriter:
             "sizes": self.sizes,
             "files": files,
         }
-        write_json(self.path / "manifest.json", {**content, "manifest_hash": stable_hash(content)})
+        write_manifest(self.path, {**content, "manifest_hash": stable_hash(content)})
 
 
 _ARRAY_OPTIONS: dict[str, Any] = {
@@ -133,29 +143,33 @@ _ARRAY_OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def writing(
-    path: Path, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+    path: Place, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
 ) -> Iterator[StoreWriter]:
-    """Write a store aside and put it at ``path`` by one rename when the block ends without an error.
+    """Write a store that is there when the block ends without an error, and only then.
 
-    What an earlier, killed attempt left behind is removed first, what this one wrote when it fails: a full disk must
-    not stay full. The caller holds the lock.
+    On a disk it is written aside and put at ``path`` by one rename. An object store has no rename: there the manifest,
+    which is written last, decides, and a store that is replaced is gone from the beginning. What an earlier, killed
+    attempt left behind is removed first, what this one wrote when it fails: a full disk must not stay full. The caller
+    holds the lock.
     """
-    partial, old = _partial(path), path.with_name(path.name + ".old")
-    for leftover in (partial, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _partial(path) if isinstance(path, Path) else path
+    remove(partial)
+    if isinstance(path, Path):
+        remove(_old(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer = StoreWriter(partial, identity, positions, sizes)
         yield writer
         writer.finish()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(partial)
         raise
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    sync_file(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    if isinstance(path, Path):
+        if path.exists():
+            path.rename(_old(path))
+        _partial(path).rename(path)
+        sync_file(path.parent)
+        remove(_old(path))
 
 
 def leftover_bytes(path: Path) -> int:
@@ -165,3 +179,7 @@ def leftover_bytes(path: Path) -> int:
 
 def _partial(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(path.name + ".old")

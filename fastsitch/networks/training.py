@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.data import Dataset, Normalisation, Split, Transform, Views
+from fastsitch.data import Dataset, Normalisation, Split, Transform, Views, load_dataset
 from fastsitch.errors import ConfigError, FailedError, NetworkError
 from fastsitch.files import exclusive
 from fastsitch.identity import tensors_hash, torch_generator
-from fastsitch.machine import native_bf16, versions
+from fastsitch.machine import configure, native_bf16, resolve_device, versions
 from fastsitch.networks.checkpoint import NetworkRecord, load_network, read_record, require_fit, save_network
 from fastsitch.networks.definition import require_definition
 from fastsitch.networks.names import NetworkName
@@ -95,6 +95,21 @@ class TrainReport:
     step: int
     steps: int
     loss: float | None = None
+
+
+class NetworkTrainer:
+    """Trains networks of one data set, with the options of :func:`train_network`, on the device of this machine."""
+
+    def __init__(self, root: Root, dataset: str, *, device: str, **options: Any) -> None:
+        self._root = root
+        self._device = resolve_device(device)
+        configure(self._device)
+        self._dataset = load_dataset(dataset, root.data_dir)
+        self._options = options
+
+    def __call__(self, name: NetworkName, report: Callable[[TrainReport], None] | None = None) -> NetworkRecord:
+        """Train a network, or find that it is trained just so already."""
+        return train_network(self._root, self._dataset, name, device=self._device, report=report, **self._options)
 
 
 def train_network(

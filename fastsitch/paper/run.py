@@ -7,6 +7,7 @@ from typing import Any
 
 from fastsitch import api
 from fastsitch.analysis.compare import compare_run
+from fastsitch.cluster.cluster import Cluster, connected
 from fastsitch.data import load_dataset
 from fastsitch.errors import RunError
 from fastsitch.files import output_folder
@@ -17,9 +18,9 @@ from fastsitch.report.comparison import comparison_text
 from fastsitch.report.output import write_text
 from fastsitch.root import Root
 from fastsitch.sweep.config import SweepConfig
-from fastsitch.sweep.execute import run_sweep
 from fastsitch.sweep.export import export_run
 from fastsitch.sweep.results import Run
+from fastsitch.sweep.run import run_sweep
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,7 @@ class Paper:
         out: Path,
         device: str = "auto",
         memory: str = "auto",
+        cluster: Cluster | None = None,
         report: Report | None = None,
     ) -> None:
         self.config = config
@@ -49,6 +51,7 @@ class Paper:
         self.out = output_folder(out)
         self.device = device
         self.memory = memory
+        self.cluster = cluster
         self.tell: Report = report or (lambda what, unit, done, total: None)
         self.files: list[Path] = []
         """What was written."""
@@ -72,6 +75,7 @@ class Paper:
             *self.config.twins,
             width=scale.width,
             recipe=scale.training,
+            ray=self.cluster,
             report=lambda name, step: self.tell(f"train {name}", "steps", step.step, step.steps),
             **self._place,
         )
@@ -83,6 +87,7 @@ class Paper:
         api.precompute(
             *self.config.chosen,
             *self.config.controls(),
+            ray=self.cluster,
             report=lambda name, done, total: self.tell(f"precompute {name}", "images", done, total),
             **self._place,
         )
@@ -106,6 +111,7 @@ class Paper:
             device=self.device,
             memory=self.memory,
             report=lambda step: self.tell(what, "cells", step.cells, step.total),
+            cluster=self.cluster,
         )
 
     def _check_controls(self, runs: list[Run]) -> None:
@@ -188,18 +194,23 @@ def paper(
     data_dir: api.PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
+    ray: str | Cluster | None = None,
     report: Report | None = None,
     **options: Any,
 ) -> list[Path]:
     """Reproduce the published study and write everything to ``out``; return the files written.
 
     ``options``: study, scale, networks, stages, settings, seeds, recipe, epochs, solver, receiver_bn; see
-    :func:`fastsitch.paper.study.paper_config`. What an earlier call has finished is used again. Raises ConfigError,
-    DataError, NetworkError, StoreError or RunError.
+    :func:`fastsitch.paper.study.paper_config`. What an earlier call has finished is used again. ``ray``, as in
+    :func:`fastsitch.sweep`: networks, stores and stitches are made there, all else here. Raises ConfigError, DataError,
+    NetworkError, StoreError or RunError.
     """
     config = paper_config(**options)
-    study = Paper(config, root=Root.at(root, data_dir), out=Path(out), device=device, memory=memory, report=report)
-    study.carry_out()
+    place = Root.at(root, data_dir)
+    with connected(ray, place.path) as cluster:
+        options = {"device": device, "memory": memory, "cluster": cluster, "report": report}
+        study = Paper(config, root=place, out=Path(out), **options)
+        study.carry_out()
     return study.files
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastsitch.activations.batch import Shape
 from fastsitch.activations.resident import MEMORY_LIMIT
@@ -84,7 +85,8 @@ def source_costs(
         missing=sum(
             max(0, elements(shapes[name]) * sum(images) * STORED_ITEMSIZE - leftover_bytes(path))
             for name in stored
-            if not (path := root.store(config.dataset, name)).exists()
+            # an object store has room
+            if isinstance(path := root.store(config.dataset, name), Path) and not path.exists()
         ),
     )
 

@@ -113,7 +113,7 @@ def estimate_sweep(
         itemsize=dtype.itemsize,
     )
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
-    free_disk = free_space(root.path)
+    free_disk = free_space(root.disk)
     source = choose_source(config, costs, available=budget, free_disk=free_disk)
     resolved = resolve(root.path, config, shapes, source, torch_device, memory=memory, budget=budget)
     group_size = resolved.group_size

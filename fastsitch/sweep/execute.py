@@ -1,29 +1,20 @@
-"""Carry out a sweep: load each sender once, train every missing unit into every receiver, save unit by unit."""
+"""The work of a sweep: load each sender once, train every missing unit into every receiver, save unit by unit."""
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.ordered import OrderedSplit
-from fastsitch.activations.precompute import open_fitting, store_identity
 from fastsitch.activations.source import Source
 from fastsitch.advice import command
-from fastsitch.data import Dataset, Transform, load_dataset
-from fastsitch.errors import ConfigError, NetworkError, RunError
-from fastsitch.files import exclusive
+from fastsitch.data import Dataset, Transform
+from fastsitch.errors import NetworkError
 from fastsitch.machine import (
     DTYPES,
-    available_memory,
-    configure,
-    resolve_device,
-    resolve_precision,
 )
 from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
 from fastsitch.networks.checkpoint import Network, load_network, namesake, read_record, require_fit
@@ -36,18 +27,14 @@ from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.direct import direct_errors
 from fastsitch.stitching.engine import DONE, CellResult, StepReport, evaluate_matched, train_group
-from fastsitch.stitching.geometry import Geometry, Rules
 from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.regression import regress_group
-from fastsitch.sweep.config import SweepConfig, checked_run_name
+from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.groups import train_in_groups
 from fastsitch.sweep.matched import MatchedStitches
-from fastsitch.sweep.memory import memory_budget
 from fastsitch.sweep.plan import PlannedUnit, plan_units, unit_cells
-from fastsitch.sweep.resolve import resolve
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
 from fastsitch.sweep.senders import ExpectedSources, Origin, Representations
-from fastsitch.sweep.source_rates import choose_measured
 
 log = logging.getLogger(__name__)
 
@@ -64,81 +51,42 @@ class SweepReport:
 Report = Callable[[SweepReport], None]
 
 
-@torch.no_grad()
-def run_sweep(
-    root: Root,
-    config: SweepConfig,
-    *,
-    run: str | None = None,
-    device: str = "auto",
-    memory: str = "auto",
-    report: Report | None = None,
-) -> Run:
-    """Train all cells of ``config`` that the run does not have yet; return the run.
+class UnitResults(NamedTuple):
+    """What is saved of a unit; see :meth:`fastsitch.sweep.results.Run.save`."""
 
-    ``memory`` bounds what a run that begins now may take on the device: ``auto``, or a size such as ``8GB``.
-    Networks have to be trained (NetworkError otherwise); stores that are missing are made. Raises RunError when the
-    run of that name has another configuration, or began on another kind of device.
+    cells: dict[Cell, CellResult]
+    store_hash: str
+    receiver_store_hash: str | None = None
+
+
+class _Sender(NamedTuple):
+    """What the units of one sender share."""
+
+    source: Source
+    ordered: OrderedSplit
+    origin: Origin
+    stitches: MatchedStitches
+    receivers: ExpectedSources
+
+
+class Execution:
+    """The units that a run misses, trained one by one.
+
+    ``report`` counts units as finished that :meth:`carry_out` has saved.
     """
-    name = checked_run_name(config.default_run_name if run is None else run)
-    units = plan_units(config)
-    require_networks(root, config)
-    torch_device = resolve_device(device)
-    # what is wrong is said even where a run that exists needs no budget
-    memory_budget(memory, available_memory(torch_device), torch_device.type)
-    configure(torch_device)
-    dataset = load_dataset(config.dataset, root.data_dir)
-    if config.trains and len(dataset.train) < config.recipe.batch_size:
-        raise ConfigError(
-            f"{len(dataset.train)} training images are fewer than one batch of {config.recipe.batch_size} images: "
-            f"use --batch-size {len(dataset.train)} or less"
-        )
-    networks = _Networks(root, dataset, torch_device)
-    inputs = {
-        network: networks.describe(network)
-        for network in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver))
-    }
-    _check_geometries(units, inputs, config.rules)
-    path = root.run(config.dataset, name)
-    finished = _existing_run(path, config, inputs, dataset, torch_device)
-    source = "live" if config.augments else config.source if finished is None else finished.resolved.source
-    if source != "live":
-        _check_stores(root, config, units, networks, torch_device)
-    if finished is not None and all(finished.intact(planned.unit) for planned in finished.units):
-        log.info("all %d units of run %s are done already", len(units), name)
-        return finished
-    with exclusive(path / "lock", f"run {name!r}"), _no_trace_of_refusal(path):
-        current = _existing_run(path, config, inputs, dataset, torch_device) or _new_run(
-            root, path, config, inputs, networks, torch_device, memory
-        )
-        log.info("run %s: %s", name, _describe(current.resolved))
-        _Execution(root, current, dataset, networks, torch_device, report).carry_out()
-    return current
 
-
-@contextmanager
-def _no_trace_of_refusal(path: Path) -> Iterator[None]:
-    """Remove the folder of a run that was refused before it began: it holds nothing but the lock."""
-    try:
-        yield
-    except BaseException:
-        if [entry.name for entry in path.iterdir()] == ["lock"]:
-            (path / "lock").unlink()
-            path.rmdir()
-        raise
-
-
-class _Execution:
     def __init__(
         self,
         root: Root,
         run: Run,
         dataset: Dataset,
-        networks: "_Networks",
+        networks: "Networks",
         device: torch.device,
-        report: Report | None,
+        missing: Sequence[PlannedUnit],
+        report: Report | None = None,
     ) -> None:
         self.run = run
+        self.missing = missing
         self.networks = networks
         self.group_size = run.resolved.group_size
         self.report = report
@@ -150,39 +98,43 @@ class _Execution:
             dtype=DTYPES[run.resolved.precision],
             device=device,
         )
-        self.total = sum(self._cells(planned) for planned in run.units)
-        self.missing = [planned for planned in run.units if not run.intact(planned.unit)]
-        self.finished = self.total - sum(self._cells(planned) for planned in self.missing)
+        self.total = count_cells(run, run.units)
+        self.finished = self.total - count_cells(run, missing)
+        self._held: tuple[NetworkName, _Sender] | None = None
 
     def carry_out(self) -> None:
-        done = len(self.run.units) - len(self.missing)
-        if done:
-            log.info("%d of %d units are done already", done, len(self.run.units))
-        for sender, group in groupby(self.missing, key=lambda planned: planned.sender):
-            self._sweep(sender, list(group))
-
-    def _sweep(self, name: NetworkName, units: list[PlannedUnit]) -> None:
-        """All missing units of one sender, whose representations are let go before those of the next one come."""
-        source, ordered, origin = self.representations.sender(name)
-        origin.require_same(self.run, "store_hash", self._done(lambda planned: planned.sender == name))
-        stitches = MatchedStitches(ordered, self.run.config.rules)
-        receivers = ExpectedSources(self.representations, name, source, ordered, origin)
-        for planned in units:
-            if self.run.config.regresses:
-                results, expected_origin = self._regress(planned, source, ordered, receivers)
-                self.run.save(planned.unit, results, origin.identity.hash, expected_origin.identity.hash)
-            elif self.run.config.matches:
-                receiver = planned.receiver
-                expected, expected_origin = self.representations.expected(receiver)
-                self._require_same_receiver(expected_origin, receiver)
-                matched = stitches.of(planned, expected, lambda part, p=planned: self._tell(part, p))  # type: ignore[misc]
-                results = self._train(planned, source, matched)
-                self.run.save(planned.unit, results, origin.identity.hash, expected_origin.identity.hash)
-            else:
-                results = self._train(planned, source, None)
-                self.run.save(planned.unit, results, origin.identity.hash)
-            self.finished += len(results)
+        """Train and save them all."""
+        for planned in self.missing:
+            results = self.train(planned)
+            self.run.save(planned.unit, *results)
+            self.finished += len(results.cells)
             self._tell(0.0, planned)
+
+    def train(self, planned: PlannedUnit) -> UnitResults:
+        """Train a missing unit. The representations of its sender are kept for the units that follow it."""
+        source, ordered, origin, stitches, receivers = self._sender(planned.sender)
+        if self.run.config.regresses:
+            results, expected_origin = self._regress(planned, source, ordered, receivers)
+            return UnitResults(results, origin.identity.hash, expected_origin.identity.hash)
+        if self.run.config.matches:
+            receiver = planned.receiver
+            expected, expected_origin = self.representations.expected(receiver)
+            self._require_same_receiver(expected_origin, receiver)
+            matched = stitches.of(planned, expected, lambda part: self._tell(part, planned))
+            results = self._train(planned, source, matched)
+            return UnitResults(results, origin.identity.hash, expected_origin.identity.hash)
+        return UnitResults(self._train(planned, source, None), origin.identity.hash)
+
+    def _sender(self, name: NetworkName) -> "_Sender":
+        """A sender as its units need it; that of the units before is let go first."""
+        if self._held is None or self._held[0] != name:
+            self._held = None
+            source, ordered, origin = self.representations.sender(name)
+            origin.require_same(self.run, "store_hash", self._done(lambda planned: planned.sender == name))
+            stitches = MatchedStitches(ordered, self.run.config.rules)
+            receivers = ExpectedSources(self.representations, name, source, ordered, origin)
+            self._held = name, _Sender(source, ordered, origin, stitches, receivers)
+        return self._held[1]
 
     def _regress(
         self, planned: PlannedUnit, source: Source, ordered: OrderedSplit, receivers: ExpectedSources
@@ -249,12 +201,22 @@ class _Execution:
         if self.report is not None:
             self.report(SweepReport(self.finished + partial, self.total, planned.unit.name))
 
-    def _cells(self, planned: PlannedUnit) -> int:
-        networks = self.run.networks
-        return len(networks[planned.sender].positions) * len(networks[planned.receiver].positions)
+
+def missing_units(run: Run) -> list[PlannedUnit]:
+    """The units that are still to be trained; how many are done is logged."""
+    missing = [planned for planned in run.units if not run.intact(planned.unit)]
+    if len(missing) < len(run.units):
+        log.info("%d of %d units are done already", len(run.units) - len(missing), len(run.units))
+    return missing
 
 
-class _Networks:
+def count_cells(run: Run, units: Iterable[PlannedUnit]) -> int:
+    """Cells of some units of a run."""
+    networks = run.networks
+    return sum(len(networks[own.sender].positions) * len(networks[own.receiver].positions) for own in units)
+
+
+class Networks:
     """Networks of one data set, each loaded once and, as a receiver, frozen once."""
 
     def __init__(self, root: Root, dataset: Dataset, device: torch.device) -> None:
@@ -320,73 +282,3 @@ def require_networks(root: Root, config: SweepConfig) -> None:
         raise NetworkError(
             f"not trained yet on {config.dataset}: {', '.join(map(str, names))}; train first with\n  {line}"
         )
-
-
-def _check_stores(
-    root: Root, config: SweepConfig, units: list[PlannedUnit], networks: "_Networks", device: torch.device
-) -> None:
-    """Refuse a store that is stale, damaged or of other samples before any work begins, not when its turn comes."""
-    names = [planned.sender for planned in units]
-    if config.matches:
-        names += [planned.receiver for planned in units]
-    for name in dict.fromkeys(names):
-        path = root.store(config.dataset, name)
-        if path.exists():
-            network = networks.load(name)
-            identity = store_identity(networks.dataset, network, dtype="bf16", compress="none", device=device)
-            open_fitting(path, identity, networks.dataset, content_only=True)
-
-
-def _existing_run(
-    path: Path,
-    config: SweepConfig,
-    inputs: dict[NetworkName, NetworkInput],
-    dataset: Dataset,
-    device: torch.device,
-) -> Run | None:
-    """The run at ``path``, if there is one; raises RunError when it is not the one asked for."""
-    if not (path / "run.json").is_file():
-        return None
-    run = Run.open(path)
-    run.require(config, inputs, dataset.hash)
-    if run.resolved.device != device.type:
-        raise RunError(
-            f"run {run.name!r} began on {run.resolved.device}: continue it with --device {run.resolved.device}, "
-            "or use another --run name"
-        )
-    return run
-
-
-def _new_run(
-    root: Root,
-    path: Path,
-    config: SweepConfig,
-    inputs: dict[NetworkName, NetworkInput],
-    networks: "_Networks",
-    device: torch.device,
-    memory: str,
-) -> Run:
-    """Create the run, with everything that ``auto`` chooses on this machine frozen into it."""
-    shapes = {name: [shape for _, shape in network.positions] for name, network in inputs.items()}
-    budget = memory_budget(memory, available_memory(device), device.type)
-    dtype = DTYPES[resolve_precision(config.precision, device)]
-    source = choose_measured(
-        root, config, shapes, networks.dataset, networks.load, dtype=dtype, device=device, budget=budget
-    )
-    log.info("source %s", source.reason)
-    resolved = resolve(root.path, config, shapes, source, device, memory=memory, budget=budget)
-    return Run.create(path, config, resolved, inputs, networks.dataset.hash)
-
-
-def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput], rules: Rules) -> None:
-    for planned in units:
-        for _, sender in inputs[planned.sender].positions:
-            for _, receiver in inputs[planned.receiver].positions:
-                Geometry.between(sender, receiver, rules)
-
-
-def _describe(resolved: Resolved) -> str:
-    return (
-        f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, compile {resolved.compile}, "
-        f"groups of up to {resolved.group_size} cells, {resolved.source} representations"
-    )

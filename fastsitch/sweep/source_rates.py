@@ -1,19 +1,17 @@
 """The choice of a source on this machine, where it depends on how fast representations can be read and computed."""
 
-import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 import torch
 
 from fastsitch.activations.batch import Shape
+from fastsitch.activations.files import forget, reading_rate
 from fastsitch.activations.live import PASS_IMAGES, LiveSplit
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import Dataset
-from fastsitch.files import drop_from_cache, free_space
+from fastsitch.files import free_space
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.sweep.choose_source import (
@@ -51,7 +49,7 @@ def choose_measured(
         store = ActivationStore.open(path) if path.exists() else None
         live = Representations(root, dataset, load, source="live", dtype=dtype, device=device)
         return SourceRates(
-            read=disk_rate(path) if store is None else store_rate(store),
+            read=reading_rate(path, _SAMPLE_BYTES) if store is None else store_rate(store),
             image=elements(shapes[name]) * STORED_ITEMSIZE if store is None else store.image_bytes,
             live=live_rate(live.live(name, dataset.train)),
         )
@@ -64,7 +62,7 @@ def choose_measured(
         pixels=dataset.train.images[0].numel(),
         itemsize=dtype.itemsize,
     )
-    return choose_source(config, costs, available=budget, free_disk=free_space(root.path), rates=rates)
+    return choose_source(config, costs, available=budget, free_disk=free_space(root.disk), rates=rates)
 
 
 def store_rate(store: ActivationStore) -> float:
@@ -76,25 +74,12 @@ def store_rate(store: ActivationStore) -> float:
         # the last chunk, which may be short, is left out where there are others
         chunks = max(1, store.sizes["train"] // step)
         for number in sorted({k * chunks // pieces for k in range(pieces)}):
-            drop_from_cache(store.chunk_file("train", position.index, number))
+            forget(store.path, store.chunk_file("train", position.index, number))
             begun = time.perf_counter()
             values = store.read("train", position.index, number * step, min((number + 1) * step, store.sizes["train"]))
             seconds += time.perf_counter() - begun
             read += values.nbytes
     return read / seconds
-
-
-def disk_rate(folder: Path) -> float:
-    """Bytes per second of reading a scratch file from the disk of ``folder``, or of its nearest parent."""
-    place = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    with tempfile.NamedTemporaryFile(dir=place, prefix=".fastsitch-scratch-") as file:
-        file.write(os.urandom(_SAMPLE_BYTES))
-        file.flush()
-        os.fsync(file.fileno())
-        drop_from_cache(Path(file.name))
-        begun = time.perf_counter()
-        size = len(Path(file.name).read_bytes())
-        return size / (time.perf_counter() - begun)
 
 
 def live_rate(split: LiveSplit) -> float:

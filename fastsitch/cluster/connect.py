@@ -1,0 +1,125 @@
+"""A connection to a Ray cluster: one that runs already, or one of this machine that ends with the command."""
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from fastsitch.errors import BusyError, ConfigError
+from fastsitch.files import exclusive
+
+LOCAL, RUNNING = "local", "auto"
+
+_PATIENCE = 10.0
+"""Seconds to wait for an answer from an address."""
+
+_RESULTS_MEMORY = 1 << 28
+"""Shared memory of a local cluster: for results on their way to the driver. What does not fit goes to its folder."""
+
+_QUIET = {
+    # what becomes of workers is logged by the driver itself
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # CUDA_VISIBLE_DEVICES of workers without a GPU is left as it is; without this Ray announces that it will be
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+_FOLDER = "fastsitch-ray-"
+
+
+def checked_address(address: str) -> str:
+    """``local``, ``auto`` or ``HOST:PORT`` where something answers.
+
+    Raises ConfigError; also where Ray is not installed.
+    """
+    if find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray, which is not installed: pip install 'fastsitch[ray]'")
+    if address in (LOCAL, RUNNING):
+        return address
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal() or not 0 < int(port) < 1 << 16:
+        raise ConfigError(
+            f"--ray {address}: expected HOST:PORT of a Ray cluster, auto for the one that runs on this machine, or "
+            "no address for one that starts and stops by itself"
+        )
+    expected = "expected the address that 'ray start --head' printed"
+    try:
+        if not _speaks_grpc(host.strip("[]"), int(port)):
+            raise ConfigError(f"--ray {address}: what answers there is no Ray cluster; {expected}")
+    except OSError as error:
+        raise ConfigError(f"--ray {address}: nothing answers there ({error}); {expected}") from None
+    return address
+
+
+def _speaks_grpc(host: str, port: int) -> bool:
+    """Whether a server speaks Ray's protocol, HTTP/2; Ray itself would wait for that for minutes."""
+    encrypted = os.environ.get("RAY_USE_TLS", "0") not in ("", "0")
+    with socket.create_connection((host, port), timeout=_PATIENCE) as connection:
+        settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+        connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        return encrypted or connection.recv(4)[3:] == settings[3:4]
+
+
+@contextmanager
+def connection(address: str) -> Iterator[Any]:
+    """The module ``ray``, connected to a checked address. A connection that was there before is used, and left.
+
+    Raises ConfigError when there is no cluster, or when it does not let us in.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    if address == LOCAL:
+        # a cluster obeys whoever reaches its ports: Ray asks for a word then, which it would keep in the home folder
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        with _temporary_folder() as folder:
+            memory = {"object_store_memory": _RESULTS_MEMORY}
+            try:
+                ray.init(address=LOCAL, include_dashboard=False, _temp_dir=str(folder), **memory, **quiet)
+                yield ray
+            finally:
+                ray.shutdown()
+        return
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(f"--ray {address}: cannot join a Ray cluster there ({reason})") from None
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    """Where a local cluster keeps its files. Removed in the end; what killed commands left behind is removed first."""
+    place = Path(tempfile.gettempdir())
+    if len(str(place)) > 16:
+        # sockets lie in it, whose paths are limited to about 100 characters
+        place = Path("/tmp")
+    for leftover in place.glob(f"{_FOLDER}*"):
+        with suppress(BusyError, FileNotFoundError):
+            if leftover.stat().st_uid == os.getuid():
+                with exclusive(leftover / "lock", "a Ray cluster"):
+                    shutil.rmtree(leftover, ignore_errors=True)
+    making = Path(tempfile.mkdtemp(prefix="fastsitch-new-", dir=place))
+    # gets its name with the lock held already: nobody takes it for abandoned
+    with exclusive(making / "lock", "a Ray cluster"):
+        folder = making.rename(place / making.name.replace("fastsitch-new-", _FOLDER))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,373 @@
+"""Many machines: a Ray cluster does what one machine would, bit by bit, and workers and drivers may be killed."""
+
+import http.server
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.cluster_utils
+
+import fastsitch
+from fastsitch.activations.store import ActivationStore
+from fastsitch.cli.options import with_addresses
+from fastsitch.cluster.cluster import Cluster
+from fastsitch.cluster.connect import checked_address
+from fastsitch.cluster.crew import Crew, Places, Work
+from fastsitch.cluster.deal import Deal
+from fastsitch.cluster.worker import Arrived
+from fastsitch.data import Dataset
+from fastsitch.errors import ConfigError, StoreError
+from fastsitch.machine import versions
+from fastsitch.root import Root
+from fastsitch.sweep.distribute import UnitStation
+from tests.conftest import Command, cli_environment, cli_line, save_npz
+from tests.test_paper import contents as study_contents
+from tests.test_paper import tiny_paper
+
+SWEEP = ["--senders", "R1111,R1112", "--receivers", "R1111,R1112", "--recipe", "small", "--batch-size", "16"]
+SWEEP += ["--epochs", "1", "--seeds", "0,1"]
+OPTIONS = {"recipe": "small", "batch_size": 16, "epochs": 1, "seeds": [0, 1]}
+PATIENCE = 600
+"""Seconds after which something is taken to hang: several processes start, which takes its time on a busy machine."""
+
+
+@pytest.fixture(scope="module")
+def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with R1111 and R1112 trained on 160 images, and the runs that this machine makes alone."""
+    folder = tmp_path_factory.mktemp("ray")
+    save_npz(folder / "small.npz", fashion.train, fashion.test, 160, 80)
+    dataset = f"npz:{folder / 'small.npz'}"
+    fastsitch.train("R1111", "R1112", dataset=dataset, width=4, epochs=2, root=folder)
+    fastsitch.sweep("R1111,R1112", "R1111,R1112", root=folder, run="alone", **OPTIONS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[str]:
+    """The address of a cluster of two nodes with one processor each."""
+    with short_folder() as folder:
+        nodes = ray.cluster_utils.Cluster()
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setenv("RAY_TMPDIR", str(folder))
+            for _ in range(2):
+                nodes.add_node(num_cpus=1, num_gpus=0, include_dashboard=False)
+        yield nodes.address
+        nodes.shutdown()
+
+
+@contextmanager
+def short_folder() -> Iterator[Path]:
+    """A folder for sockets, for which pytest's have too long a name."""
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def units(root: Path, run: str) -> dict[str, bytes]:
+    folder = fastsitch.open_run(run, root=root).path / "units"
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@contextmanager
+def sweeping(root: Path, run: str, *options: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+    """The sweep under way as a command; killed in the end if it is still there."""
+    process = subprocess.Popen(
+        cli_line("sweep", *SWEEP, "--run", run, "--root", root, *options),
+        env={**cli_environment(), **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_for_units(process: "subprocess.Popen[str]", root: Path, run: str, count: int) -> None:
+    """Until so many units are saved."""
+    (folder,) = (root / "runs").iterdir()
+    deadline = time.monotonic() + PATIENCE
+    while len(list((folder / run / "units").glob("*.npz"))) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def processes(text: str) -> list[int]:
+    """Those whose command line has a text in it."""
+    return [int(place.name) for place in Path("/proc").glob("[0-9]*") if text in command_line(place.name)]
+
+
+def workers(cluster: str) -> list[int]:
+    """Processes of workers of a cluster: those who start them know its address."""
+    return [pid for pid in processes("ray::Worker.run") if cluster in command_line(parent(pid))]
+
+
+def command_line(pid: str) -> str:
+    return proc(pid, "cmdline").replace("\0", " ")
+
+
+def parent(pid: int) -> str:
+    return proc(str(pid), "stat").rpartition(")")[2].split()[1]
+
+
+def proc(pid: str, name: str) -> str:
+    """Nothing when the process is gone meanwhile."""
+    try:
+        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_sweep_survives_the_loss_of_a_worker(cluster: str, root: Path) -> None:
+    with sweeping(root, "lost", "--ray", cluster) as driver:
+        wait_for_units(driver, root, "lost", 2)
+        first, _ = workers(cluster)
+        os.kill(first, signal.SIGKILL)
+        output, errors = driver.communicate(timeout=PATIENCE)
+    assert driver.returncode == 0, errors
+    assert "trying it again" in errors
+    assert units(root, "lost") == units(root, "alone")
+    # Ray itself says nothing
+    assert "raylet" not in output + errors
+    assert not [line for line in errors.splitlines() if line.startswith("[20")]
+    assert [line.split()[0] for line in output.splitlines()[:-1]] == ["run", "pair", *["R1111"] * 2, *["R1112"] * 2]
+
+
+def test_local_and_distributed_runs_continue_each_other(root: Path) -> None:
+    """Each killed without a chance to clean up; a cluster of its own goes down with its driver."""
+    with short_folder() as place:
+        with sweeping(root, "first", "--ray", TMPDIR=str(place)) as driver:
+            wait_for_units(driver, root, "first", 1)
+        (left,) = place.iterdir()
+        assert left.name.startswith("fastsitch-ray-")
+        deadline = time.monotonic() + PATIENCE
+        while processes(left.name):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with sweeping(root, "first") as alone:
+            _, errors = alone.communicate(timeout=PATIENCE)
+        assert alone.returncode == 0, errors
+        assert "of 8 units are done already" in errors
+        assert units(root, "first") == units(root, "alone")
+
+        with sweeping(root, "second") as alone:
+            wait_for_units(alone, root, "second", 1)
+        with sweeping(root, "second", "--ray", TMPDIR=str(place)) as driver:
+            _, errors = driver.communicate(timeout=PATIENCE)
+        assert driver.returncode == 0, errors
+        assert "of 8 units are done already" in errors
+        assert units(root, "second") == units(root, "alone")
+        # nothing is left, not even of the killed one
+        assert list(place.iterdir()) == []
+
+
+def test_an_interrupted_driver_ends_its_cluster(root: Path) -> None:
+    with short_folder() as place, sweeping(root, "interrupted", "--ray", TMPDIR=str(place)) as driver:
+        wait_for_units(driver, root, "interrupted", 1)
+        driver.send_signal(signal.SIGINT)
+        _, errors = driver.communicate(timeout=PATIENCE)
+        assert driver.returncode == 1
+        assert errors.splitlines()[-1] == (
+            "fastsitch: interrupted; what is finished is kept, the same command does the rest"
+        )
+        assert list(place.iterdir()) == []
+        assert not processes(f"{place}/fastsitch-ray-")
+
+
+@pytest.mark.parametrize("options", [{"init": "matched"}, {"loss": "match"}, {"loss": "match", "solver": "sgd"}])
+def test_matched_runs_are_the_same_too(cluster: str, root: Path, options: dict[str, str]) -> None:
+    name = "-".join(options.values())
+    settings = {**OPTIONS, "seeds": [0], "root": root, **options}
+    fastsitch.sweep("R1111", "R1111,R1112", run=f"{name}-alone", **settings)
+    fastsitch.sweep("R1111", "R1111,R1112", run=name, ray=cluster, **settings)
+    assert units(root, name) == units(root, f"{name}-alone")
+
+
+def test_stores_are_the_same(cluster: str, fashion: Dataset, tmp_path: Path, run_cli: Command) -> None:
+    save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 160, 80)
+    dataset = f"npz:{tmp_path / 'small.npz'}"
+    fastsitch.train("R1111", "R1112", dataset=dataset, width=4, epochs=1, root=tmp_path)
+    made = run_cli("precompute", "R1111", "R1112", "--root", tmp_path, "--ray", cluster)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout.count(", made: ") == 2
+    stores = Root.at(tmp_path).activations(dataset)
+    there = {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()}
+    shutil.rmtree(stores)
+    assert run_cli("precompute", "R1111", "R1112", "--root", tmp_path).returncode == 0
+    assert {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()} == there
+
+
+def test_a_study_gives_the_same_results(cluster: str, tmp_path: Path) -> None:
+    """Its networks, stores and stitches are made by workers, the rest by the driver."""
+    for place, options in ((tmp_path / "alone", []), (tmp_path / "together", ["--ray", cluster])):
+        place.mkdir()
+        with tiny_paper(place, "--stages", "train,precompute,sweep,matched", *options) as process:
+            _, log = process.communicate(timeout=PATIENCE)
+        assert process.returncode == 0, log
+    assert "making the activation stores" not in log
+    assert study_contents(tmp_path / "together") == study_contents(tmp_path / "alone")
+
+
+class Counting:
+    """A station that also says how often each chunk was read by this worker."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.opened: list[ActivationStore] = []
+        whole = ActivationStore.open
+
+        def open_store(path: Path) -> ActivationStore:
+            self.opened.append(whole(path))
+            return self.opened[-1]
+
+        ActivationStore.open = open_store  # type: ignore[method-assign, assignment]
+        self.station = UnitStation(*arguments)
+
+    def __call__(self, planned: Any, tell: Callable[[Any], None]) -> tuple[int, Counter[tuple[str, str, int]]]:
+        self.station(planned, tell)
+        reads: Counter[tuple[str, str, int]] = Counter()
+        for store in self.opened:
+            reads.update({(store.path.name, *chunk): count for chunk, count in store.reads.items()})
+        return os.getpid(), reads
+
+
+def test_a_worker_reads_no_chunk_twice(cluster: str, root: Path) -> None:
+    run = fastsitch.open_run("alone", root=root)
+    assert run.resolved.source == "resident"
+    read: dict[int, Counter[tuple[str, str, int]]] = {}
+    with Cluster(cluster, root=root) as machines:
+        places = machines.places("auto")
+        assert (places.device, places.threads, places.total, places.per_machine) == ("cpu", 1, 2, 1)
+        make = partial(Counting, Root.at(root).absolute(), run.path, "cpu", run.units)
+        for _, (worker, reads) in machines.carry_out(make, run.units, places, key=lambda planned: planned.sender):
+            read[worker] = reads
+    assert len(read) == 2
+    for reads in read.values():
+        assert set(reads.values()) == {1}
+    senders = {worker: {store for store, *_ in reads} for worker, reads in read.items()}
+    assert set.union(*senders.values()) == {"R1111", "R1112"}
+
+
+def refuse(job: str, tell: Callable[[Any], None]) -> None:
+    raise StoreError(f"{job} is stale")
+
+
+def fail(folder: Path, job: str, tell: Callable[[Any], None]) -> None:
+    (folder / f"{os.getpid()}").touch()
+    raise RuntimeError(f"no {job} today\nand more")
+
+
+def test_refusals_are_raised_at_once_and_failures_after_three_attempts(
+    cluster: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Cluster(cluster, root=tmp_path) as machines:
+        places = machines.places("cpu")
+        with pytest.raises(StoreError, match="a is stale"):
+            list(machines.carry_out(lambda: refuse, ["a"], places))
+        assert not caplog.records
+        with pytest.raises(RuntimeError, match="no a today"):
+            list(machines.carry_out(partial(partial, fail, tmp_path), ["a"], places, name="job {}".format))
+    assert len(list(tmp_path.iterdir())) == 3
+    assert [record.getMessage().partition(" on ")[0] for record in caplog.records] == ["job a failed"] * 2
+    assert all(record.getMessage().endswith("(no a today): trying it again") for record in caplog.records)
+
+
+def test_jobs_of_one_key_stay_together() -> None:
+    deal = Deal(["a1", "a2", "b1", "b2", "c1"], key=lambda job: job[0])
+    assert [deal.take(0), deal.take(1), deal.take(0), deal.take(1)] == ["a1", "b1", "a2", "b2"]
+    assert deal.take(0) == "c1"
+    # worker 1 is lost: its job is for anyone who did not let its key go, or still holds it
+    deal.put_back(1, "b2")
+    assert deal.take(0) == "b2"
+    assert deal.take(0) is None
+    deal = Deal(["a1", "a2", "a3", "b1"], key=lambda job: job[0])
+    assert [deal.take(0), deal.take(0), deal.take(1), deal.take(1)] == ["a1", "a2", "b1", "a3"]
+    assert [deal.take(0), deal.take(1)] == [None, None]
+    deal.put_back(1, "a3")
+    # worker 0 has let go of a
+    assert deal.take(0) is None
+    assert deal.take(2) == "a3"
+
+
+def test_an_address_may_be_left_out() -> None:
+    assert with_addresses([]) == []
+    assert with_addresses(["sweep", "--ray"]) == ["sweep", "--ray=local"]
+    assert with_addresses(["sweep", "--ray", "--run", "x"]) == ["sweep", "--ray=local", "--run", "x"]
+    assert with_addresses(["sweep", "--ray", "host:1", "--run"]) == ["sweep", "--ray", "host:1", "--run"]
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("R1111", "--ray R1111: expected HOST:PORT of a Ray cluster, auto for the one that runs on this machine"),
+        ("ray://host:10001", "--ray ray://host:10001: expected HOST:PORT"),
+        ("127.0.0.1:1", "--ray 127.0.0.1:1: nothing answers there"),
+        ("nowhere.invalid:6379", "--ray nowhere.invalid:6379: nothing answers there"),
+    ],
+)
+def test_addresses_that_cannot_be_one(address: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        checked_address(address)
+
+
+def test_an_address_where_something_else_answers() -> None:
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        with pytest.raises(ConfigError, match="what answers there is no Ray cluster; expected the address that"):
+            checked_address(f"127.0.0.1:{server.server_port}")
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--device", "cuda"], "--device cuda: no machine of the Ray cluster has a GPU; use --device cpu"),
+        (["--device", "cuda:1"], "--device cuda:1: expected auto, cpu or cuda"),
+        (["--batch-size", "1000"], "160 training images are fewer than one batch of 1000 images"),
+        (["--memory", "1kB"], "--memory leaves"),
+    ],
+)
+def test_what_cannot_work_is_refused_without_a_trace(
+    options: list[str], message: str, cluster: str, root: Path, run_cli: Command
+) -> None:
+    refused = run_cli("sweep", *SWEEP, "--root", root, "--run", "refused", "--ray", cluster, *options)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert not (fastsitch.open_run("alone", root=root).path.parent / "refused").exists()
+    # nor are those of drivers that were killed left in the root
+    assert not list(root.glob(".fastsitch-*"))
+
+
+def test_workers_that_would_do_something_else_are_refused(tmp_path: Path) -> None:
+    places = Places(device="cpu", threads=1, total=1, per_machine=1)
+    work: Work[str] = Work(make=lambda: refuse, jobs=[], name=str, key=str, report=lambda job, value: None)
+    crew = Crew(None, places, work, tmp_path / "witness")
+    crew._check(Arrived("far", 1, versions(), shares=True))
+    with pytest.raises(ConfigError, match=f"{tmp_path} is another folder on far, or none"):
+        crew._check(Arrived("far", 1, versions(), shares=False))
+    with pytest.raises(ConfigError, match="far has torch 1.0: expected "):
+        crew._check(Arrived("far", 1, {**versions(), "torch": "1.0+cpu"}, shares=True))
+
+
+def test_ray_is_optional(root: Path) -> None:
+    line = ["sweep", "--senders", "R1111", "--receivers", "R1111", "--root", str(root), "--ray"]
+    code = f"import sys; sys.modules['ray'] = None; sys.argv[1:] = {line}; import fastsitch.cli.main as m; m.main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "fastsitch: --ray needs Ray, which is not installed: pip install 'fastsitch[ray]'\n"

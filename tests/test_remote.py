@@ -1,0 +1,231 @@
+"""Activation stores in a bucket: the same bytes and rules, whole or absent. The server is a process of its own."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fastsitch
+from fastsitch.activations.store import ActivationStore
+from fastsitch.data import Dataset
+from fastsitch.errors import StoreError
+from fastsitch.networks.names import NetworkName
+from fastsitch.remote import RemoteFolder
+from fastsitch.root import Root
+from tests.conftest import Command, cli_environment, cli_line, save_npz
+
+SERVER = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
+KEYS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
+
+
+def serve(bucket: str, **variables: str) -> tuple["subprocess.Popen[bytes]", str]:
+    """A server with one bucket, and its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER, str(port)],
+        env={**os.environ, **variables},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{url}/{bucket}", method="PUT")).close()
+            return server, url
+        except OSError:
+            assert time.monotonic() < deadline
+            assert server.poll() is None
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    process, url = serve("stores")
+    yield url
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(autouse=True)
+def environment(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**KEYS, "AWS_ENDPOINT_URL": server}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="module")
+def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A root with R1111 and R1112 trained on 600 images, and their data set."""
+    folder = tmp_path_factory.mktemp("remote")
+    save_npz(folder / "small.npz", fashion.train, fashion.test, 600, 80)
+    dataset = f"npz:{folder / 'small.npz'}"
+    fastsitch.train("R1111", "R1112", dataset=dataset, width=4, epochs=1, root=folder)
+    return folder, dataset
+
+
+def objects(folder: RemoteFolder) -> dict[str, bytes]:
+    return {name: folder.read(name) for name in folder.sizes()}
+
+
+def local_store(root: Path, dataset: str) -> dict[str, bytes]:
+    (store,) = fastsitch.precompute("R1111", root=root, dataset=dataset)
+    assert isinstance(store.path, Path)
+    files = (path for path in store.path.rglob("*") if path.is_file())
+    return {path.relative_to(store.path).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_store_in_a_bucket_has_the_same_bytes(place: tuple[Path, str], run_cli: Command) -> None:
+    root, dataset = place
+    line = ["precompute", "R1111", "--root", root, "--activations", "s3://stores/same"]
+    made = run_cli(*line)
+    assert made.returncode == 0, made.stderr
+    assert ", made: s3://stores/same/" in made.stdout
+    folder = Root.at(root, activations="s3://stores/same").store(dataset, NetworkName.parse("R1111"))
+    assert objects(folder) == local_store(root, dataset)
+    assert ", up to date: s3://stores/same/" in run_cli(*line).stdout
+
+
+@pytest.mark.parametrize("source", ["resident", "streamed"])
+def test_a_sweep_reads_from_a_bucket(place: tuple[Path, str], source: str) -> None:
+    root, _ = place
+    options = {"recipe": "small", "epochs": 1, "batch_size": 16, "init": "matched", "source": source, "root": root}
+    here = fastsitch.sweep("R1111", "R1112", run=f"{source}-here", **options)
+    there = fastsitch.sweep("R1111", "R1112", run=f"{source}-there", activations="s3://stores/sweep", **options)
+    for path in (here.path / "units").iterdir():
+        assert (there.path / "units" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_sweep_keeps_its_stores_in_another_folder(place: tuple[Path, str], tmp_path: Path) -> None:
+    root, _ = place
+    options = {"recipe": "small", "epochs": 1, "batch_size": 16, "root": root}
+    fastsitch.sweep("R1112", "R1111", run="elsewhere", activations=tmp_path / "fast", **options)
+    (store,) = (tmp_path / "fast").glob("*/R1112")
+    ActivationStore.open(store)
+    (store / "manifest.json").unlink()
+    with pytest.raises(StoreError, match=f"fastsitch precompute R1112 --activations {tmp_path / 'fast'} --force"):
+        ActivationStore.open(store)
+
+
+def test_precompute_survives_kills(place: tuple[Path, str], run_cli: Command) -> None:
+    """There is no rename: without a manifest a store does not exist, and the next attempt clears up."""
+    root, dataset = place
+    whole = local_store(root, dataset)
+    line = ["precompute", "R1111", "--root", root, "--activations", "s3://stores/killed"]
+    folder = Root.at(root, activations="s3://stores/killed").store(dataset, NetworkName.parse("R1111"))
+    assert isinstance(folder, RemoteFolder)
+    for count in sorted(random.SystemRandom().sample(range(1, len(whole) - 1), 3)):
+        process = subprocess.Popen(cli_line(*line), env=cli_environment(), stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while len(folder.sizes()) < count:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGKILL)
+        if process.wait() == -signal.SIGKILL and "manifest.json" not in folder.sizes():
+            assert not folder.exists()
+            with pytest.raises(StoreError, match=r"has no manifest\.json"):
+                ActivationStore.open(folder)
+    folder.write("train/0/999.0.0.0", b"of another attempt")
+    folder.remove("manifest.json")
+    finished = run_cli(*line)
+    assert finished.returncode == 0, finished.stderr
+    assert objects(folder) == whole
+
+
+def test_damage_is_found(place: tuple[Path, str], run_cli: Command) -> None:
+    root, dataset = place
+    base = "s3://stores/damaged"
+    (store,) = fastsitch.precompute("R1111", root=root, activations=base)
+    folder = store.path
+    assert isinstance(folder, RemoteFolder)
+    chunk = folder.read("train/1/0.0.0.0")
+    for damage, message in (
+        (None, "train/1/0.0.0.0 is missing"),
+        (chunk[:-1], f"train/1/0.0.0.0 has {len(chunk) - 1} bytes, expected {len(chunk)}"),
+        (folder.read("train/1/1.0.0.0"), "train/1/0.0.0.0 has another checksum than the manifest says"),
+    ):
+        if damage is None:
+            folder.remove("train/1/0.0.0.0")
+        else:
+            folder.write("train/1/0.0.0.0", damage)
+        found = run_cli("precompute", "R1111", "--root", root, "--activations", base)
+        assert found.returncode == 2
+        assert message in found.stderr
+        assert f"precompute R1111 --root {root} --activations {base} --force" in found.stderr
+        assert found.stderr.count("\n") == 1
+    # altered inside, which shows when it is read; gone after the store was opened
+    folder.write("train/1/0.0.0.0", bytes([chunk[0] ^ 1]) + chunk[1:])
+    opened = ActivationStore.open(folder)
+    with pytest.raises(StoreError, match=r"train/1/0\.0\.0\.0 was altered or damaged"):
+        opened.read("train", 1, 0, 600)
+    folder.remove("train/1/0.0.0.0")
+    with pytest.raises(StoreError, match=r"train/1/0\.0\.0\.0 was altered or damaged"):
+        opened.read("train", 1, 0, 600)
+    assert run_cli("precompute", "R1111", "--root", root, "--activations", base, "--force").returncode == 0
+    assert objects(folder) == local_store(root, dataset)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://", "--activations s3://: expected s3://BUCKET, s3://BUCKET/PREFIX, or a folder"),
+        ("s3://stores//x", "--activations s3://stores//x: expected s3://BUCKET"),
+        ("gs://stores/x", "--activations gs://stores/x: expected s3://BUCKET"),
+        ("s3://nothing/x", "--activations s3://nothing/x: there is no bucket 'nothing' at http://127.0.0.1:"),
+    ],
+)
+def test_places_that_cannot_be_used(place: tuple[Path, str], url: str, message: str, run_cli: Command) -> None:
+    root, _ = place
+    for line in (["precompute", "R1111"], ["sweep", "--senders", "R1111", "--receivers", "R1111", "--run", "none"]):
+        refused = run_cli(*line, "--root", root, "--activations", url)
+        assert refused.returncode == 2
+        assert message in refused.stderr
+        assert refused.stderr.count("\n") == 1
+
+
+def test_a_file_is_no_folder(place: tuple[Path, str], tmp_path: Path, run_cli: Command) -> None:
+    (tmp_path / "file").touch()
+    refused = run_cli("precompute", "R1111", "--root", place[0], "--activations", tmp_path / "file")
+    assert refused.returncode == 2
+    assert refused.stderr == (
+        f"fastsitch: --activations {tmp_path / 'file'} is a file: expected a folder, or a name for a new one\n"
+    )
+
+
+def test_servers_that_do_not_answer_or_do_not_let_us_in(
+    place: tuple[Path, str], run_cli: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = ["precompute", "R1111", "--root", place[0], "--activations", "s3://stores/x"]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    refused = run_cli(*line)
+    assert refused.returncode == 2
+    assert "--activations s3://stores/x: no answer at http://127.0.0.1:1 (" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    # one action is free: making the bucket
+    process, url = serve("stores", INITIAL_NO_AUTH_ACTION_COUNT="1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    refused = run_cli(*line)
+    process.kill()
+    process.wait()
+    assert refused.returncode == 2
+    assert f"--activations s3://stores/x: access denied at {url}; expected AWS_ACCESS_KEY_ID" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_obstore_is_optional(place: tuple[Path, str]) -> None:
+    line = ["precompute", "R1111", "--root", str(place[0]), "--activations", "s3://stores/x"]
+    code = f"import sys; sys.modules['obstore'] = None; sys.argv[1:] = {line}; import fastsitch.cli.main as m; m.main()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == (
+        "fastsitch: --activations s3://stores/x needs obstore, which is not installed: pip install 'fastsitch[s3]'\n"
+    )
