@@ -44,7 +44,7 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
         for entry in inventory.networks(place)
     ]
     networks += [
-        [name, folder, "", "", f"not trained, from {source}"] for name, folder, source in inventory.added(place)
+        [name, folder, "", "", "", f"not trained, from {source}"] for name, folder, source in inventory.added(place)
     ]
     stores = [
         [entry.path.name, entry.store.identity.dataset, entry.store.identity.dtype, size(entry.store.bytes)]
