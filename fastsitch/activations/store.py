@@ -77,6 +77,7 @@ class ActivationStore:
         self.positions = positions
         self.sizes = sizes
         self.reads: Counter[tuple[str, int]] = Counter()
+        self._small: dict[str, Tensor] = {}
         self._arrays: dict[tuple[str, bool], Any] = {}
 
     @classmethod
@@ -116,11 +117,17 @@ class ActivationStore:
 
     def labels(self, split: str) -> Tensor:
         """Labels of a split, int64 (N,)."""
-        return torch.from_numpy(self._read(f"{split}/labels", 0, self.sizes[split]))
+        return self._whole(f"{split}/labels", split)
 
     def ids(self, split: str) -> Tensor:
         """Sample ids of a split, int64 (N,)."""
-        return torch.from_numpy(self._read(f"{split}/ids", 0, self.sizes[split]))
+        return self._whole(f"{split}/ids", split)
+
+    def _whole(self, name: str, split: str) -> Tensor:
+        """A small array, read once."""
+        if name not in self._small:
+            self._small[name] = torch.from_numpy(self._read(name, 0, self.sizes[split]))
+        return self._small[name]
 
     def chunk_images(self, split: str, index: int) -> int:
         """Images per chunk of an array."""

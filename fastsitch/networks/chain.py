@@ -78,7 +78,8 @@ class Chain(nn.Module):
         """Make a chain of any network that torch.fx can trace; a Chain comes back as it is.
 
         The network is copied, in eval mode, with in-place activations turned off: they would change a representation
-        after it was captured. The example input (B, C, H, W) fixes the shapes, on the network's device.
+        after it was captured. The example input (B, C, H, W) fixes the shapes, on the network's device; it is taken in
+        the network's own dtype.
 
         ``positions`` are names of modules whose output every path crosses, or patterns of them such as ``layer*.?``,
         also as a text with commas. None takes what leads into the first block and the outputs of all blocks; of an
@@ -93,6 +94,7 @@ class Chain(nn.Module):
         channels, height, width = example_input.shape[1:]
         if isinstance(positions, str):
             positions = [part.strip() for part in positions.split(",") if part.strip()]
+        example_input = _as_weights(example_input, [model])
         if isinstance(model, nn.Sequential):
             known = [name for name, _ in model.named_children()]
             names = known[:-1] if positions is None else [name for name in known if name in positions]
@@ -122,6 +124,7 @@ class Chain(nn.Module):
                 f"{len(segments)} segments and the names {list(names)}: expected at least one segment, and as many "
                 "different names"
             )
+        example_input = _as_weights(example_input, [*segments, head])
         channels, height, width = example_input.shape[1:]
         *copied, end = copies([*segments, head])
         modes = [(module, module.training) for part in (*copied, end) for module in part.modules()]
@@ -150,6 +153,13 @@ def _pieces(model: nn.Sequential, names: Sequence[str]) -> tuple[list[nn.Module]
             segments.append(nn.Sequential(*collected))
             collected = []
     return segments, list(names), nn.Sequential(*collected)
+
+
+def _as_weights(x: Tensor, modules: Sequence[nn.Module]) -> Tensor:
+    """Images in the dtype of a network's weights."""
+    weights = (own for module in modules for own in module.parameters() if own.is_floating_point())
+    first = next(weights, None)
+    return x if first is None else x.to(first.dtype)
 
 
 def _positions(
