@@ -61,6 +61,8 @@ def cluster() -> Iterator[str]:
         nodes = ray.cluster_utils.Cluster()
         with pytest.MonkeyPatch.context() as patched:
             patched.setenv("RAY_TMPDIR", str(folder))
+            # beside other tests, workers that Ray makes nice would wait for minutes
+            patched.setenv("RAY_worker_niceness", "0")
             for _ in range(2):
                 nodes.add_node(num_cpus=1, num_gpus=0, include_dashboard=False)
         yield nodes.address

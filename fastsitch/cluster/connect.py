@@ -29,6 +29,8 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # CUDA_VISIBLE_DEVICES of workers without a GPU is left as it is; without this Ray announces that it will be
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # workers of a cluster of our own yield to other programs no more than a local run would
+    "RAY_worker_niceness": "0",
 }
 
 _FOLDER = "fastsitch-ray-"
