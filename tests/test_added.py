@@ -52,7 +52,7 @@ def test_an_added_network_is_trained_stored_stitched_and_listed_like_any_other(
     assert run_here("plot", "first", "--out", "maps").returncode == 0
     assert (tmp_path / "work" / "maps" / "mine--R1111.T2T.png").is_file()
     listed = run_here("list").stdout
-    assert re.search(r"^mine +npz:\S+ +8 +0\.\d{4} +fast, 1 epochs$", listed, re.MULTILINE)
+    assert re.search(r"^mine +npz:\S+ +8 +\d+x\d+ +0\.\d{4} +fast, 1 epochs$", listed, re.MULTILINE)
     run = fastsitch.open_run("first", root=tmp_path / "work" / "fastsitch-data")
     assert run.matrix("mine", "R1111").shape == (3, 5)
     first, control = (run.networks[NetworkName.parse(name)] for name in ("mine", "mine-random@0"))

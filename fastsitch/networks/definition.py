@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastsitch.data import Normalisation
 from fastsitch.errors import ConfigError, NetworkError
@@ -165,6 +164,9 @@ def _flops(chain: Chain) -> tuple[float, ...]:
 
     With gradients enabled, because fused forms of attention that exist without them are not counted.
     """
+    # brings Triton with it, which nothing imports before it is needed
+    from torch.utils.flop_counter import FlopCounterMode
+
     x = torch.zeros(1, *chain.input_shape)
     counts = []
     for part in (*chain.segments, chain.head):
