@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fix paper-small paper-medium kernels-full gpu clean
+.PHONY: demo test check fix paper-small paper-medium families kernels-full gpu clean
 
 demo: $(READY)
 	$(BIN)/fastsitch demo --out demo
@@ -27,6 +27,20 @@ fix: $(READY)
 paper-small paper-medium: paper-%: $(READY)
 	$(BIN)/fastsitch paper --scale $* --root paper-$*/fastsitch-data --out paper-$*
 
+# three families of networks, stitched with each other: docs/families.md
+NAMES := R1111,mobilenet,vit
+PLACE := --root families/fastsitch-data
+families: $(READY)
+	$(BIN)/fastsitch add vit --from docs/families/vit.py:small $(PLACE)
+	$(BIN)/fastsitch add mobilenet --from torchvision:mobilenet_v3_small \
+		--positions features.0.2,features.1,features.3,features.6,features.8,features.11 $(PLACE)
+	$(BIN)/fastsitch train R1111 --width 16 --epochs 8 $(PLACE)
+	$(BIN)/fastsitch train mobilenet vit --epochs 20 $(PLACE)
+	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --settings T2T,R2T --run families $(PLACE)
+	$(BIN)/fastsitch export families --out families $(PLACE)
+	$(BIN)/fastsitch plot families --out families $(PLACE)
+	$(BIN)/fastsitch plot families --figure overview --out families $(PLACE)
+
 # every kernel, configuration, dtype, geometry and target; check builds a covering part
 kernels-full: $(READY)
 	$(BIN)/python bench/compile_report.py --full
@@ -42,4 +56,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo paper-small paper-medium .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist *.egg-info demo paper-small paper-medium families .pytest_cache .mypy_cache .ruff_cache
