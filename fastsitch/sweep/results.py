@@ -1,10 +1,6 @@
 """A run on disk: its configuration, what ``auto`` chose, and one pair of files per finished unit."""
 
-import hashlib
 import json
-import logging
-import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -12,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from fastsitch.errors import RunError
-from fastsitch.files import write_atomically, write_json, write_npz
+from fastsitch.files import write_json
 from fastsitch.identity import stable_hash
 from fastsitch.machine import versions
 from fastsitch.networks.layout import Shape
@@ -30,18 +22,12 @@ from fastsitch.stitching.engine import CellResult
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.interval import half_width
 from fastsitch.sweep.plan import PlannedUnit, plan_units
-
-log = logging.getLogger(__name__)
+from fastsitch.sweep.unit_files import MATCHED, UnitFiles
 
 _FORMAT = 1
 
 METRICS = ("accuracy", "accuracy_ratio", "accuracy_drop", "loss", "train_loss", "status")
 """What :meth:`Run.matrix` knows of every run; see :attr:`Run.metrics`."""
-
-_RAW = ("accuracy", "loss", "train_loss", "status")
-_PROVENANCE = ("unit", "store_hash", "stitches_bytes")
-
-_MATCHED = "matched_error"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +78,7 @@ class Run:
         self.networks = networks
         self.data_hash = data_hash
         self.versions = provenance
+        self._files = UnitFiles(path, matches=config.matches)
 
     def __repr__(self) -> str:
         pairs = f"{','.join(self.config.senders)} -> {','.join(self.config.receivers)}"
@@ -104,7 +91,7 @@ class Run:
     @property
     def metrics(self) -> tuple[str, ...]:
         """What :meth:`matrix` knows of this run: METRICS, and ``matched_error`` where matched stitches are computed."""
-        return (*METRICS, _MATCHED) if self.config.matches else METRICS
+        return (*METRICS, MATCHED) if self.config.matches else METRICS
 
     @classmethod
     def create(
@@ -179,7 +166,7 @@ class Run:
 
     def done(self, unit: Unit) -> bool:
         """Whether a unit's results are saved."""
-        return self._file(unit).is_file()
+        return self._files.done(unit)
 
     def save(
         self,
@@ -194,57 +181,19 @@ class Run:
         """
         shape = (max(cell.i for cell in results) + 1, max(cell.j for cell in results) + 1)
         assert len(results) == shape[0] * shape[1]
-        arrays: dict[str, NDArray[Any]] = {name: np.full(shape, np.nan) for name in self._raw}
-        arrays["status"] = np.zeros(shape, np.int8)
-        weights: dict[str, Tensor] = {}
-        for cell, result in results.items():
-            for name in self._raw:
-                arrays[name][cell.i, cell.j] = getattr(result, name)
-            weights[f"{cell.i}-{cell.j}.weight"] = result.weight_FD.to(torch.float32).contiguous()
-            weights[f"{cell.i}-{cell.j}.bias"] = result.bias_D.to(torch.float32).contiguous()
-            for name, tensor in result.statistics.items():
-                weights[f"{cell.i}-{cell.j}.{name}"] = tensor.to(torch.float32).contiguous()
-        stitches = format_safetensors(weights)
-        write_atomically(self._file(unit, ".safetensors"), lambda file: file.write(stitches))
-        provenance = {
-            "unit": np.array(unit.name),
-            "store_hash": np.array(store_hash),
-            "stitches_bytes": np.array(len(stitches)),
-        }
-        if receiver_store_hash is not None:
-            provenance["receiver_store_hash"] = np.array(receiver_store_hash)
-        write_npz(self._file(unit), {**provenance, **arrays})
+        self._files.save(unit, shape, results, store_hash, receiver_store_hash)
 
     def read(self, unit: Unit) -> dict[str, NDArray[Any]]:
         """The raw matrices of a finished unit; raises RunError when the file is damaged."""
-        try:
-            with self._file(unit).open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-                names = [*self._raw, *_PROVENANCE, *(["receiver_store_hash"] if self.config.matches else [])]
-                arrays = {name: file[name] for name in names}
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(f"{self._file(unit)} is damaged ({error}): sweep again to replace it") from None
-        if str(arrays["unit"]) != unit.name:
-            raise RunError(f"{self._file(unit)} holds unit {arrays['unit']}: sweep again to replace it")
-        return arrays
+        return self._files.read(unit)
 
     def intact(self, unit: Unit) -> bool:
         """Whether a unit is done and both of its files are whole; what is not is logged."""
-        if not self.done(unit):
-            return False
-        try:
-            arrays = self.read(unit)
-        except RunError as error:
-            log.warning("%s", error)
-            return False
-        stitches = self._file(unit, ".safetensors")
-        if not stitches.is_file() or stitches.stat().st_size != int(arrays["stitches_bytes"]):
-            log.warning("%s is missing or damaged: training the unit again", stitches)
-            return False
-        return True
+        return self._files.intact(unit)
 
     def stitch(self, cell: Cell) -> tuple[Tensor, Tensor]:
         """Weight (F, D), features ordered (ky, kx, c), and bias (D,) of a trained stitch, fp32."""
-        tensors = self._tensors(cell)
+        tensors = self._files.tensors(cell)
         return tensors["weight"], tensors["bias"]
 
     def running_statistics(self, cell: Cell) -> dict[str, Tensor]:
@@ -255,41 +204,15 @@ class Run:
         """
         if self.config.receiver_bn != "batch":
             raise RunError(f"run {self.name!r} has no running statistics: expected one made with --receiver-bn batch")
-        return {name: tensor for name, tensor in self._tensors(cell).items() if name not in ("weight", "bias")}
-
-    def _tensors(self, cell: Cell) -> dict[str, Tensor]:
-        """All that is saved of a cell, by name; raises RunError when its unit is not done, or damaged."""
-        file, prefix = self._file(cell.unit, ".safetensors"), f"{cell.i}-{cell.j}."
-        try:
-            with safe_open(file, "pt") as content:
-                names = [name for name in content.keys() if name.startswith(prefix)]  # noqa: SIM118
-                tensors = {name.removeprefix(prefix): content.get_tensor(name) for name in names}
-        except FileNotFoundError:
-            raise RunError(f"unit {cell.unit.name} of run {self.name!r} is not done") from None
-        except SafetensorError as error:
-            raise RunError(f"{file} is damaged ({error}): sweep again to replace it") from None
-        if not {"weight", "bias"} <= tensors.keys():
-            raise RunError(f"{file} has no stitch ({cell.i}, {cell.j})")
-        return tensors
+        return {name: tensor for name, tensor in self._files.tensors(cell).items() if name not in ("weight", "bias")}
 
     def stitches(self, unit: Unit) -> dict[Cell, tuple[Tensor, Tensor]]:
         """All stitches of a finished unit, as :meth:`stitch` gives them; raises RunError."""
-        file = self._file(unit, ".safetensors")
-        try:
-            weights = parse_safetensors(self._stitches(unit))
-            found = {}
-            for name in weights:
-                place, _, part = name.partition(".")
-                if part == "weight":
-                    i, j = map(int, place.split("-"))
-                    found[Cell(unit, i, j)] = weights[name], weights[f"{place}.bias"]
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise RunError(f"{file} is damaged ({error}): sweep again to replace it") from None
-        return found
+        return self._files.stitches(unit)
 
     def stitches_hash(self, unit: Unit) -> str:
         """sha256 (hex) of the file with a finished unit's stitches; raises RunError where there is none."""
-        return hashlib.sha256(self._stitches(unit)).hexdigest()
+        return self._files.stitches_hash(unit)
 
     def pairs(self) -> Iterator[tuple[str, str, str]]:
         """(sender, receiver, setting) of every exported matrix, in the order of the plan."""
@@ -318,7 +241,7 @@ class Run:
             raise RunError(f"unknown metric {metric!r}: expected one of {', '.join(self.metrics)}")
         first, last = self.pair_networks(sender, receiver, setting)
         sender, receiver = _canonical(sender), _canonical(receiver)
-        raw = metric if metric in self._raw else "accuracy"
+        raw = metric if metric in self._files.raw else "accuracy"
         missing = 0 if metric == "status" else np.nan
         matrices = []
         for seed in self.config.seeds:
@@ -364,20 +287,6 @@ class Run:
         if metric == "status":
             raise RunError("the status has no interval over seeds: expected another metric")
         return half_width(self.matrix_by_seed(sender, receiver, metric, setting=setting))
-
-    @property
-    def _raw(self) -> tuple[str, ...]:
-        """The matrices in a unit's file."""
-        return (*_RAW, _MATCHED) if self.config.matches else _RAW
-
-    def _stitches(self, unit: Unit) -> bytes:
-        try:
-            return self._file(unit, ".safetensors").read_bytes()
-        except FileNotFoundError:
-            raise RunError(f"unit {unit.name} of run {self.name!r} is not done: sweep again to finish it") from None
-
-    def _file(self, unit: Unit, suffix: str = ".npz") -> Path:
-        return self.path / "units" / (unit.name + suffix)
 
 
 def _canonical(name: str) -> str:
