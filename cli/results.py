@@ -111,7 +111,8 @@ def compare(
 
 
 def summary(run: Run) -> str:
-    """One line per pair and setting: cells, accuracies by region, diverged cells."""
+    """One line per pair and setting: cells of those asked for, accuracies by region, diverged cells."""
+    asked = {(own.unit.sender, own.unit.receiver, own.unit.setting): len(run.cells(own)) for own in run.units}
     rows = []
     for sender, receiver, setting in run.pairs():
         accuracy = run.matrix(sender, receiver, "accuracy", setting=setting)
@@ -124,7 +125,7 @@ def summary(run: Run) -> str:
             [
                 f"{sender} -> {receiver}",
                 setting,
-                f"{int((status > 0).sum())}/{status.size}",
+                f"{int((status > 0).sum())}/{asked[sender, receiver, setting]}",
                 f"{network.accuracy:.3f}",
                 f"{mean:.3f}",
                 f"{best:.3f}",

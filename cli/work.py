@@ -151,6 +151,12 @@ def sweep(
         str, typer.Option(help="sgd, or preconditioned: SGD in whitened inputs, for --init matched.")
     ] = "sgd",
     batch_size: Annotated[int | None, typer.Option(help="Images per step.", show_default="the recipe's")] = None,
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Train only between these positions: names or patterns, 'stem,layer*.0'.", show_default="all"
+        ),
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds of the stitches and the order of images.")] = "0",
     run: Annotated[str | None, typer.Option(help="Name of the run.", show_default="from the configuration")] = None,
     group_size: Annotated[str, typer.Option(help="auto, or the largest number of cells per batch.")] = "auto",
@@ -196,6 +202,7 @@ def sweep(
     options: dict[str, Any] = {
         "settings": comma_separated(settings),
         "seeds": whole_numbers("--seeds", seeds),
+        "positions": positions,
         "recipe": recipe,
         "epochs": epochs,
         "lr": lr,

@@ -217,8 +217,9 @@ def sweep(
 ) -> Run:
     """Train and evaluate the stitches of all pairs; a run that exists is continued.
 
-    ``options``: settings, seeds, recipe, epochs, lr, optimizer, batch_size, group_size, precision, kernel, compile,
-    source, loss, solver, init, receiver_bn, resample, class_token; see :func:`fastsitch.sweep.config.sweep_config`.
+    ``options``: settings, seeds, positions, recipe, epochs, lr, optimizer, batch_size, group_size, precision, kernel,
+    compile, source, loss, solver, init, receiver_bn, resample, class_token; see
+    :func:`fastsitch.sweep.config.sweep_config`.
     ``ray`` is the address of a Ray cluster whose machines do the work, all of which see the root under the same path:
     ``HOST:PORT``, ``auto`` for the one on this machine, ``local`` for one that starts and stops by itself, or a
     :class:`fastsitch.Cluster`. ``activations`` is where stores lie instead of the root: a folder, or s3://BUCKET/PREFIX.

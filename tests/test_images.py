@@ -159,6 +159,7 @@ def test_pixels_survive_the_way_through_a_sender_that_keeps_them(fashion: Datase
         receiver="R1112",
         setting="T2R",
         sender_positions=("stem", "layer2.0"),
+        indices=(0, 2),
         network_accuracies=(0.9, 0.1),
         images=(0, 1),
         labels=(7, 3),
@@ -182,7 +183,7 @@ def test_pixels_survive_the_way_through_a_sender_that_keeps_them(fashion: Datase
             np.testing.assert_allclose(tiles[0], shown[s][k].numpy(), atol=0.51)
             assert np.array_equal(tiles[1], coloured[k].numpy())
     texts = [text.get_text() for text in (*figure.axes[0].texts, *figure.axes[0].get_yticklabels(), *figure.texts)]
-    assert {"0.875", "diverged", "0 stem", "1 layer2.0", "test image 1, class 3"} <= set(texts)
+    assert {"0.875", "diverged", "0 stem", "2 layer2.0", "test image 1, class 3"} <= set(texts)
     assert Counter(texts)["generated"] == 2
     assert "T2R: trained R1111 (0.900)  →  input of random R1112 (0.100)" in texts[-1]
     # what is not finite is grey, and tiles do not overlap

@@ -13,7 +13,7 @@ epsilon >= 0 when
 - the gap is at least epsilon.
 
 A pair holds when all its rows do. Where I > J no pair can: there are fewer receiver positions than rows. Cells that are
-not finite are left out, and so are rows with fewer than two finite cells.
+not finite are left out, and so are rows with fewer than two finite cells and columns without any.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,8 @@ class _Pair:
         self.names = names
         self.margins = margins(matrix)
         self.counts = not np.isnan(self.margins).all()
-        self.possible = int(self.counts and matrix.shape[0] <= matrix.shape[1])
+        columns = int(np.isfinite(matrix).any(0).sum())
+        self.possible = int(self.counts and (~np.isnan(self.margins)).sum() <= columns)
 
     def row(self, epsilon: float) -> BestMatchRow:
         held = holds(self.margins, epsilon)

@@ -14,7 +14,8 @@ MEASURES = ("EV", "ES", "SV")
 class StitchErrors:
     """Mean squared errors of all cells of one unit, each (sender positions, receiver positions), float64.
 
-    NaN where the vanilla stitch diverged. Source: Hernandez et al. 2022, Tables 1 and 2.
+    NaN where the vanilla stitch diverged, all three where the cell was not asked for. Source: Hernandez et al. 2022,
+    Tables 1 and 2.
     """
 
     EV: Matrix

@@ -19,7 +19,7 @@ from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import evaluate_with_statistics
-from fastsitch.sweep.plan import PlannedUnit, split_groups, unit_cells
+from fastsitch.sweep.plan import PlannedUnit, split_groups
 from fastsitch.sweep.results import Run
 from fastsitch.sweep.senders import Representations
 
@@ -40,9 +40,9 @@ def leftover_accuracy(
 
     ``vanilla`` was made with ``--receiver-bn batch``, ``matched`` with ``--loss match``. For every sender, receiver,
     setting and seed that is done in both: a matrix (sender positions, receiver positions), NaN where outputs are not
-    finite. Nothing but the classifier lies behind the last column, which is therefore the matched run's own.
-    ``report`` is told each pair as it is done. Raises RunError when a run is of another kind, or both share no such
-    pair or joined other networks or images.
+    finite and at cells that not both were asked for. Nothing but the classifier lies behind the last column, which is
+    therefore the matched run's own. ``report`` is told each pair as it is done. Raises RunError when a run is of
+    another kind, or both share no such cell or joined other networks or images.
     """
     shared = _shared_units(vanilla, matched)
     dataset = load_dataset(vanilla.config.dataset, root.data_dir)
@@ -67,11 +67,11 @@ def leftover_accuracy(
             receiver = BatchStatisticsNetwork(load(planned.receiver).chain, dtype=dtype, device=device)
             unit = planned.unit
             matrix = np.full((len(source.shapes), len(receiver.positions)), np.nan)
-            for group in split_groups(unit_cells(unit, *matrix.shape), resolved.group_size):
+            for group in split_groups(_shared_cells(vanilla, matched, planned), resolved.group_size):
                 found = evaluate_with_statistics(
                     receiver,
                     source,
-                    {cell: matched.stitch(Cell(_counterpart(planned).unit, cell.i, cell.j)) for cell in group},
+                    {cell: matched.stitch(_matched_cell(cell)) for cell in group},
                     {cell: vanilla.running_statistics(cell) for cell in group},
                     # as in training: a group that fitted there fits here
                     images=2 * vanilla.config.recipe.batch_size,
@@ -92,6 +92,17 @@ def _counterpart(planned: PlannedUnit) -> PlannedUnit:
     return replace(planned, unit=replace(planned.unit, loss="match"))
 
 
+def _matched_cell(cell: Cell) -> Cell:
+    """The matched cell of a vanilla one."""
+    return replace(cell, unit=replace(cell.unit, loss="match"))
+
+
+def _shared_cells(vanilla: Run, matched: Run, planned: PlannedUnit) -> list[Cell]:
+    """The cells of a vanilla unit that the matched run has too."""
+    there = set(matched.cells(_counterpart(planned)))
+    return [cell for cell in vanilla.cells(planned) if _matched_cell(cell) in there]
+
+
 def _shared_units(vanilla: Run, matched: Run) -> list[PlannedUnit]:
     """The units of the vanilla run that are done, and whose counterparts are."""
     if vanilla.config.receiver_bn != "batch":
@@ -102,10 +113,10 @@ def _shared_units(vanilla: Run, matched: Run) -> list[PlannedUnit]:
         raise RunError(f"runs {vanilla.name!r} and {matched.name!r} are on other images: expected the same data set")
     there: set[Unit] = {planned.unit for planned in matched.units if matched.done(planned.unit)}
     shared = [p for p in vanilla.units if vanilla.done(p.unit) and _counterpart(p).unit in there]
-    if not shared:
+    if not any(_shared_cells(vanilla, matched, planned) for planned in shared):
         raise RunError(
             f"no sender, receiver, setting and seed is done in both {vanilla.name!r} and {matched.name!r}: "
-            "expected runs of the same pairs"
+            "expected runs of the same pairs and positions"
         )
     for name in dict.fromkeys(name for planned in shared for name in (planned.sender, planned.receiver)):
         if vanilla.networks[name] != matched.networks[name]:

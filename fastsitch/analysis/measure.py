@@ -128,7 +128,8 @@ class _Measurement:
         expected, expected_origin = self.representations.expected(receiver, make=False)
         expected_test, _ = self.representations.expected(receiver, "test", make=False)
         hashes = [self.run.stitches_hash(planned.unit) for planned in units]
-        cells = pair_moments(moments, expected, lambda done, total: self._tell(units, done, total, 0.0))
+        places = [(cell.i, cell.j) for cell in self.run.cells(units[0])]
+        cells = pair_moments(moments, expected, lambda done, total: self._tell(units, done, total, 0.0), places)
         matched = match(cells)
         vanilla = [_by_position(self.run.stitches(planned.unit)) for planned in units]
         direct = direct_errors(
@@ -145,7 +146,7 @@ class _Measurement:
         stores = {"store_hash": origin.identity.hash, "receiver_store_hash": expected_origin.identity.hash}
         for k, (planned, stitches) in enumerate(zip(units, vanilla, strict=True), 1):
             errors = {
-                "train": _from_moments(cells, matched, stitches),
+                "train": _from_moments(cells, matched, stitches, error.shape[1:]),
                 "test": StitchErrors(EV=error[k], ES=error[0], SV=distance[k], variance=variance),
             }
             diverged = self.run.read(planned.unit)["status"] == DIVERGED
@@ -168,10 +169,10 @@ def _from_moments(
     cells: Mapping[tuple[int, int], CellMoments],
     matched: Mapping[tuple[int, int], Matched],
     vanilla: Mapping[tuple[int, int], Stitch],
+    shape: tuple[int, ...],
 ) -> StitchErrors:
-    shape = (max(i for i, _ in cells) + 1, max(j for _, j in cells) + 1)
-    errors = {name: np.zeros(shape) for name in ("EV", "ES", "SV")}
-    variance = np.zeros(shape[1])
+    errors = {name: np.full(shape, np.nan) for name in ("EV", "ES", "SV")}
+    variance = np.full(shape[1], np.nan)
     for (i, j), moments in cells.items():
         weight, bias = vanilla[i, j]
         errors["EV"][i, j] = moments.error(weight, bias)

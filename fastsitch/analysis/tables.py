@@ -38,7 +38,7 @@ class ErrorTable:
     cells: Mapping[str, int]
     """Cells that count, by setting: those whose three errors are all finite, so that columns are of the same cells."""
     left_out: Mapping[str, int]
-    """Cells that do not."""
+    """Cells that do not, of those that the run asked for."""
 
     @property
     def name(self) -> str:
@@ -60,9 +60,7 @@ def error_table(errors: Errors, *, diagonal: bool, normalised: bool = False) -> 
         units = [unit for (_, _, which), unit in errors.items() if which == setting]
         if not units:
             continue
-        stacked = np.concatenate(
-            [_cells(unit.normalised() if normalised else unit, diagonal=diagonal) for unit in units], axis=1
-        )
+        stacked = np.concatenate([_cells(unit, diagonal=diagonal, normalised=normalised) for unit in units], axis=1)
         finite = stacked[:, np.isfinite(stacked).all(0)]
         entries[setting] = _statistics(finite)
         cells[setting] = finite.shape[1]
@@ -94,8 +92,13 @@ def colours(entry: Entry) -> dict[str, str]:
     }
 
 
-def _cells(errors: StitchErrors, *, diagonal: bool) -> NDArray[np.float64]:
-    """The three measures (3, cells) of one unit."""
+def _cells(errors: StitchErrors, *, diagonal: bool, normalised: bool) -> NDArray[np.float64]:
+    """The three measures (3, cells) of one unit, without cells that have none: those were not asked for."""
+    asked = ~np.isnan(_stacked(errors, diagonal=diagonal)).all(0)
+    return _stacked(errors.normalised() if normalised else errors, diagonal=diagonal)[:, asked]
+
+
+def _stacked(errors: StitchErrors, *, diagonal: bool) -> NDArray[np.float64]:
     matrices = np.stack([getattr(errors, measure) for measure in MEASURES])
     if diagonal:
         return np.asarray(np.diagonal(matrices, axis1=1, axis2=2))

@@ -78,7 +78,9 @@ def images_figure(pair: PairImages, variant: str) -> Figure:
     rows, columns = tile_corners(positions, images, (height, width))
     middles = [(row + height / 2) * scale for row in rows]
     axes.set_xticks([])
-    axes.set_yticks(middles, [f"{s} {name}" for s, name in enumerate(pair.sender_positions)], fontsize=8)
+    axes.set_yticks(
+        middles, [f"{i} {name}" for i, name in zip(pair.indices, pair.sender_positions, strict=True)], fontsize=8
+    )
     axes.tick_params(length=0)
     right, above = grid.shape[1] + 0.08 * DPI, -0.06 * DPI
     for middle, accuracy in zip(middles, pair.accuracy(variant), strict=True):

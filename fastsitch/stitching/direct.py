@@ -23,11 +23,13 @@ class DirectErrors:
     """Of S stitches per cell, in fp64 on the CPU; NaN or infinite where a stitch is."""
 
     error: Tensor
-    """Mean squared errors to the expected representation (S, sender positions, receiver positions)."""
+    """Mean squared errors to the expected representation (S, sender positions, receiver positions); NaN too where
+    there is no stitch."""
     distance: Tensor
     """Mean squared differences to the outputs of the first stitch, of the same shape."""
     variance: Tensor
-    """Of the expected representation about its mean in each channel, a mean over channels (receiver positions,)."""
+    """Of the expected representation about its mean in each channel, a mean over channels (receiver positions,); NaN
+    at positions that no stitch leads into."""
 
 
 @torch.no_grad()
@@ -39,30 +41,35 @@ def direct_errors(
     *,
     rules: Rules = DEFAULT_RULES,
 ) -> DirectErrors:
-    """Run the stitches of all cells (i, j) of a pair, as many for each, over all images of a split.
+    """Run the stitches of cells (i, j) of a pair, as many for each, over all images of a split.
 
-    The stitches are the exact affine maps: nothing is rounded to a compute dtype on the way. Raises ConfigError when
-    the two splits do not hold the same images in the same order. ``report`` is told images done and images in all.
+    The cells are all from some sender positions into some receiver positions. The stitches are the exact affine maps:
+    nothing is rounded to a compute dtype on the way. Raises ConfigError when the two splits do not hold the same images
+    in the same order. ``report`` is told images done and images in all.
     """
     require_same_images(sender, receiver)
     device = sender.labels.device
     images, step = len(sender.labels), chunk_images(device)
-    expected = ExpectedRows(receiver, device)
-    sizes = list(dict.fromkeys(shape[1:] for shape in receiver.shapes))
+    origins, targets = (sorted(set(places)) for places in zip(*stitches, strict=True))
+    expected = ExpectedRows(receiver, device, targets)
+    members: dict[Size, list[int]] = {}
+    for j in targets:
+        members.setdefault(receiver.shapes[j][1:], []).append(j)
     together = [
-        _Together(i, shape, size, receiver, stitches, rules, device)
-        for (i, shape), size in product(enumerate(sender.shapes), sizes)
+        _Together(i, sender.shapes[i], positions, receiver, stitches, rules, device)
+        for i, positions in product(origins, members.values())
     ]
     for start in range(0, images, step):
         stop = min(start + step, images)
-        expected.load(start, stop, sizes)
+        expected.load(start, stop, members)
         for own in together:
             own.add(sender.images(own.i, start, stop), expected)
         if report is not None:
             report(stop, images)
     several = len(next(iter(stitches.values())))
-    error = torch.zeros(several, len(sender.shapes), len(receiver.shapes), dtype=torch.float64)
-    distance, variance = torch.zeros_like(error), torch.zeros(len(receiver.shapes), dtype=torch.float64)
+    shape = (several, len(sender.shapes), len(receiver.shapes))
+    error = torch.full(shape, torch.nan, dtype=torch.float64)
+    distance, variance = error.clone(), error.new_full(shape[2:], torch.nan)
     for own in together:
         for j in own.positions:
             columns, channels = expected.columns[j], receiver.shapes[j][0]
@@ -75,22 +82,22 @@ def direct_errors(
 
 
 class _Together:
-    """The stitches from one sender position into all receiver positions of one size, side by side, and their sums."""
+    """The stitches from one sender position into receiver positions of one size, side by side, and their sums."""
 
     def __init__(
         self,
         i: int,
         shape: Shape,
-        size: Size,
+        positions: Sequence[int],
         receiver: OrderedSplit,
         stitches: Mapping[tuple[int, int], Sequence[Stitch]],
         rules: Rules,
         device: torch.device,
     ) -> None:
         self.i = i
-        self.size = size
-        self.positions = [j for j, own in enumerate(receiver.shapes) if own[1:] == size]
-        target = receiver.shapes[self.positions[0]]
+        self.positions = positions
+        target = receiver.shapes[positions[0]]
+        self.size: Size = target[1:]
         self.geometry = Geometry.between(shape, target, rules)
         self.up = self.geometry.up
         self._rows = tuple(extent // self.up for extent in stored_size(target))

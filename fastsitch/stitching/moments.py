@@ -8,7 +8,7 @@ before averaging. (With a 1 appended to X, X'X and X'Y hold the same.)
 The moments of the inputs at a ratio follow from those at a multiple of it, so X'X is accumulated once per position.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
@@ -132,25 +132,28 @@ def _at_smaller_ratio(inputs: Inputs, down: int, smaller: int) -> Inputs:
 
 @torch.no_grad()
 def pair_moments(
-    sender: SenderMoments, receiver: OrderedSplit, report: Report | None = None
+    sender: SenderMoments,
+    receiver: OrderedSplit,
+    report: Report | None = None,
+    cells: Collection[tuple[int, int]] | None = None,
 ) -> dict[tuple[int, int], CellMoments]:
     """The moments of every cell (i, j) of a pair, in fp64 on the sender's device.
 
-    One pass over the images, several where the products would take more than a gigabyte. Raises ConfigError when the
-    two do not hold the same images in the same order.
+    Where ``cells`` are given, of those: all from some sender positions into some receiver positions. One pass over the
+    images, several where the products would take more than a gigabyte. Raises ConfigError when the two do not hold the
+    same images in the same order.
     """
     split = sender.split
     require_same_images(split, receiver)
-    geometries = {
-        (i, j): Geometry.between(origin, target, sender.rules)
-        for (i, origin), (j, target) in product(enumerate(split.shapes), enumerate(receiver.shapes))
-    }
+    places = product(range(len(split.shapes)), range(len(receiver.shapes))) if cells is None else sorted(cells)
+    geometries = {(i, j): Geometry.between(split.shapes[i], receiver.shapes[j], sender.rules) for i, j in places}
+    targets = sorted({j for _, j in geometries})
     images, device = len(split.labels), split.labels.device
     step = chunk_images(device)
-    cells: dict[tuple[int, int], CellMoments] = {}
+    moments: dict[tuple[int, int], CellMoments] = {}
     several = list(_passes(sender, geometries))
     for number, together in enumerate(several):
-        expected = ExpectedRows(receiver, device)
+        expected = ExpectedRows(receiver, device, targets)
         sizes = dict.fromkeys(size for products in together for size in products.up)
         for start in range(0, images, step):
             stop = min(start + step, images)
@@ -161,8 +164,8 @@ def pair_moments(
                 report(number * images + stop, len(several) * images)
         for products in together:
             products.release()
-            cells |= _centred(products, sender, expected)
-    return {cell: cells[cell] for cell in geometries}
+            moments |= _centred(products, sender, expected)
+    return {cell: moments[cell] for cell in geometries}
 
 
 def _centred(products: Products, sender: SenderMoments, expected: ExpectedRows) -> dict[tuple[int, int], CellMoments]:

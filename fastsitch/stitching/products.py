@@ -34,19 +34,20 @@ def chunk_images(device: torch.device) -> int:
 
 
 class ExpectedRows:
-    """The expected rows of a chunk, those of all receiver positions of one size side by side, and their sums so far.
+    """The expected rows of a chunk at some receiver positions, those of one size side by side, and their sums so far.
 
     Sizes are keys everywhere. ``columns[j]`` are the columns of receiver position j; ``shift_D``, ``sum_D`` and
     ``squares_D`` hold what was subtracted, and the sums of what was left and of its squares.
     """
 
-    def __init__(self, split: OrderedSplit, device: torch.device) -> None:
+    def __init__(self, split: OrderedSplit, device: torch.device, positions: Iterable[int]) -> None:
         self._split = split
         self._device = device
         self._positions: dict[Size, list[int]] = {}
         self.columns: dict[int, slice] = {}
-        for j, (channels, *_) in enumerate(split.shapes):
-            members = self._positions.setdefault(split.shapes[j][1:], [])
+        for j in positions:
+            channels, *size = split.shapes[j]
+            members = self._positions.setdefault(tuple(size), [])
             first = self.columns[members[-1]].stop if members else 0
             self.columns[j] = slice(first, first + channels)
             members.append(j)

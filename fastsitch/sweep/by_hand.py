@@ -105,11 +105,11 @@ def stitch(
     source = LiveSource(train, test)
     shapes = [[position.rows for position in chain.positions] for chain in (sender, receiver)]
     unit = Unit(sender="sender", receiver="receiver", setting="T2T", loss=loss, seed=seed)
-    cells = unit_cells(unit, *map(len, shapes))
+    cells = unit_cells(unit, *(range(len(own)) for own in shapes))
     if group_size is None:
         kind = StepKind.of(torch_device, precision, kernel, "off", chosen.batch_size, rules=rules)
         room = int(_MEMORY_SHARE * available_memory(torch_device))
-        group_size = largest_group([(shapes[0], shapes[1])], kind, room)
+        group_size = largest_group([(shapes[0], shapes[1], [(cell.i, cell.j) for cell in cells])], kind, room)
 
     if loss == "match":
         own = Transform(receiver_normalisation or dataset.normalisation, receiver.input_shape[1:])

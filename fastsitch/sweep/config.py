@@ -119,6 +119,8 @@ class SweepConfig:
     """How grids whose sizes are no multiples of each other are joined."""
     class_token: str = DEFAULT_RULES.class_token
     """What becomes the class token of a receiver that has one."""
+    positions: tuple[str, ...] = ()
+    """Patterns: only cells whose sender and receiver positions both match one of them are trained; () is all."""
 
     def __post_init__(self) -> None:
         for role, names in (("senders", self.senders), ("receivers", self.receivers)):
@@ -173,14 +175,18 @@ class SweepConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is hashed and kept with a run; rules that are the default are left out, as in runs without any."""
-        plain = asdict(DEFAULT_RULES)
+        """As it is hashed and kept with a run; rules and positions are left out where they are the default.
+
+        So they were in runs that were made before there were any.
+        """
+        plain = {**asdict(DEFAULT_RULES), "positions": ()}
         return {key: value for key, value in asdict(self).items() if key not in plain or value != plain[key]}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "SweepConfig":
         recipe = TrainingRecipe(**content["recipe"])
         lists = {key: tuple(content[key]) for key in ("senders", "receivers", "settings", "seeds")}
+        lists["positions"] = tuple(content.get("positions", ()))
         return cls(**{**content, **lists, "recipe": recipe})
 
     @property
@@ -241,13 +247,14 @@ def sweep_config(
     group_size: int | str = "auto",
     settings: Sequence[str] | str = ("T2T",),
     seeds: Sequence[int] | int | str = (0,),
+    positions: Sequence[str] | str | None = None,
     **others: Any,
 ) -> SweepConfig:
     """A checked configuration from a recipe's name and what differs from it; raises ConfigError.
 
     The default recipe is ``small`` for the embedded data set and ``paper`` for all others; matching by training takes
     30 epochs of it. Names are brought into their shortest form (``R1111@0`` is ``R1111``), repeated ones count once; a
-    text is a list separated by commas.
+    text is a list separated by commas. ``positions`` are names or patterns such as ``layer*.0``; None takes all.
     """
     name = recipe or ("small" if dataset.partition(":")[0] == DEFAULT_DATASET else "paper")
     if epochs is None and others.get("solver") == "sgd":
@@ -265,6 +272,7 @@ def sweep_config(
         group_size=str(group_size),
         settings=tuple(dict.fromkeys(listed(settings))),
         seeds=tuple(dict.fromkeys(_seeds(seeds))),
+        positions=() if positions is None else _patterns(positions),
         **others,
     )
 
@@ -286,6 +294,13 @@ def _seeds(seeds: Sequence[int] | int | str) -> Sequence[int]:
         return [int(seed) for seed in listed(seeds)] if isinstance(seeds, str) else [index(seed) for seed in seeds]
     except (TypeError, ValueError):
         raise ConfigError(f"--seeds {seeds}: expected whole numbers") from None
+
+
+def _patterns(positions: Sequence[str] | str) -> tuple[str, ...]:
+    patterns = tuple(dict.fromkeys(map(str, listed(positions))))
+    if not patterns:
+        raise ConfigError("--positions (none): expected names or patterns such as layer*.0; leave it out for all")
+    return patterns
 
 
 def _canonical(names: Sequence[str] | str) -> tuple[str, ...]:

@@ -15,16 +15,19 @@ from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_
 from fastsitch.networks.names import NetworkName
 from fastsitch.networks.planned import PlannedNetwork, planned_network
 from fastsitch.root import Root
-from fastsitch.stitching.geometry import Geometry, Operand, Rules, Shape
+from fastsitch.stitching.geometry import Geometry, Operand, Shape
 from fastsitch.stitching.schedule import training_steps
 from fastsitch.sweep.choose_source import choose_source, source_costs
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.memory import StepKind, group_memory, matching_memory, memory_budget, statistics_bytes
-from fastsitch.sweep.plan import PlannedUnit, plan_units, split_groups, unit_cells
+from fastsitch.sweep.plan import PlannedUnit, plan_units, planned_cells, require_positions, split_groups
 from fastsitch.sweep.resolve import resolve
 
 ASSUMED_WIDTH = 64
 """Width of a network that is not trained yet: that of the published study."""
+
+Geometries = Mapping[tuple[int, int], Geometry]
+"""Of the cells (i, j) of a unit."""
 
 _STEP_OVERHEAD = 1.4
 """Time of a training step over that of its convolutions: a round figure above the 1 / 0.75 of a profile on a CPU."""
@@ -103,7 +106,9 @@ def estimate_sweep(
         name: planned_network(root, config.dataset, name, width=width, size=size)
         for name in dict.fromkeys(name for planned in units for name in (planned.sender, planned.receiver))
     }
-    shapes = {name: [shape for _, shape in own.positions] for name, own in networks.items()}
+    positions = {name: own.positions for name, own in networks.items()}
+    require_positions(config, positions)
+    shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
     costs = source_costs(
         root,
         config,
@@ -115,7 +120,7 @@ def estimate_sweep(
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
     free_disk = free_space(root.disk)
     source = choose_source(config, costs, available=budget, free_disk=free_disk)
-    resolved = resolve(root.path, config, shapes, source, torch_device, memory=memory, budget=budget)
+    resolved = resolve(root.path, config, positions, source, torch_device, memory=memory, budget=budget)
     group_size = resolved.group_size
     kind = StepKind.of(
         torch_device,
@@ -132,21 +137,28 @@ def estimate_sweep(
     counted: set[tuple[NetworkName, ...]] = set()
     for planned in units:
         sender, receiver = shapes[planned.sender], shapes[planned.receiver]
-        groups = split_groups(unit_cells(planned.unit, len(sender), len(receiver)), group_size)
-        cells = [(cell.i, cell.j) for cell in groups[0]]
+        cells = planned_cells(config, planned, positions)
+        geometries = {
+            (cell.i, cell.j): Geometry.between(sender[cell.i], receiver[cell.j], config.rules) for cell in cells
+        }
+        groups = split_groups(cells, group_size)
         held = 0
         if config.solves:
-            held = matching_memory(sender, receiver, preconditioned=config.preconditions, rules=config.rules)
-        step_memory = max(step_memory, group_memory(cells, sender, receiver, kind) + held)
+            held = matching_memory(
+                sender, receiver, preconditioned=config.preconditions, rules=config.rules, cells=geometries
+            )
+        step_memory = max(
+            step_memory, group_memory([(cell.i, cell.j) for cell in groups[0]], sender, receiver, kind) + held
+        )
         exact = 0.0
         if config.regresses:
-            exact = _direct_flops(sender, receiver, data.train, config.rules)
+            exact = _direct_flops(geometries, data.train)
         if config.solves:
             shared = [(planned.sender,), (planned.sender, planned.receiver)]
-            parts = zip(shared, _matching_flops(sender, receiver, data.train, config.rules), strict=True)
+            parts = zip(shared, _matching_flops(geometries, data.train), strict=True)
             exact = sum(flops for key, flops in parts if key not in counted)
             counted.update(shared)
-        unit = _unit(planned, networks, len(groups), config, data, exact)
+        unit = _unit(planned, networks, geometries, len(groups), config, data, exact)
         if source.name == "live":
             trained = _trained_images(config, data)
             live = len(groups) * (trained + data.test) * sum(networks[planned.sender].flops)
@@ -157,7 +169,7 @@ def estimate_sweep(
     return SweepEstimate(
         config=config,
         data=data,
-        positions={name: own.positions for name, own in networks.items()},
+        positions=positions,
         assumed=[name for name, own in networks.items() if name.built_in and not own.trained],
         units=estimates,
         device=torch_device.type,
@@ -176,6 +188,7 @@ def estimate_sweep(
 def _unit(
     planned: PlannedUnit,
     networks: Mapping[NetworkName, PlannedNetwork],
+    geometries: Geometries,
     groups: int,
     config: SweepConfig,
     data: DatasetSize,
@@ -183,25 +196,20 @@ def _unit(
 ) -> UnitEstimate:
     kinds: Counter[str] = Counter()
     parameters, flops = 0, 0.0
-    sender, receiver = ([shape for _, shape in networks[own].positions] for own in (planned.sender, planned.receiver))
     _, *blocks = networks[planned.receiver].flops
     trained = _trained_images(config, data)
-    for j, target in enumerate(receiver):
+    for (_, j), geometry in geometries.items():
         behind = sum(blocks[j:]) + networks[planned.receiver].head
-        for origin in sender:
-            geometry = Geometry.between(origin, target, config.rules)
-            kinds[geometry.kind] += 1
-            parameters += geometry.parameters
-            stitch = 2 * geometry.rows * geometry.features * target[0]
-            # forward and activation gradient of the receiver; forward and weight gradient of the stitch
-            flops += (trained * 2 + data.test) * stitch + (
-                (0 if config.regresses else trained * 2) + data.test
-            ) * behind
-            if config.preconditions:
-                flops += trained / config.recipe.batch_size * 2.0 * geometry.features**2 * target[0]
+        kinds[geometry.kind] += 1
+        parameters += geometry.parameters
+        stitch = 2 * geometry.rows * geometry.features * geometry.receiver[0]
+        # forward and activation gradient of the receiver; forward and weight gradient of the stitch
+        flops += (trained * 2 + data.test) * stitch + ((0 if config.regresses else trained * 2) + data.test) * behind
+        if config.preconditions:
+            flops += trained / config.recipe.batch_size * 2.0 * geometry.features**2 * geometry.receiver[0]
     results = 4 * parameters
     if config.receiver_bn == "batch":
-        results += statistics_bytes([(i, j) for j in range(len(receiver)) for i in range(len(sender))], receiver)
+        results += statistics_bytes(list(geometries), [shape for _, shape in networks[planned.receiver].positions])
     return UnitEstimate(planned, dict(kinds), parameters, groups, flops, exact_flops, results)
 
 
@@ -212,23 +220,20 @@ def _trained_images(config: SweepConfig, data: DatasetSize) -> int:
     return steps * recipe.batch_size if config.trains else 0
 
 
-def _matching_flops(sender: list[Shape], receiver: list[Shape], images: int, rules: Rules) -> tuple[float, float]:
+def _matching_flops(geometries: Geometries, images: int) -> tuple[float, float]:
     """FLOPs of the sender's own statistics, half of them saved by symmetry, and of those of the pair."""
     own: dict[tuple[int, Operand], float] = {}
     pair = 0.0
-    for i, origin in enumerate(sender):
-        for target in receiver:
-            geometry = Geometry.between(origin, target, rules)
-            rows = float(images * geometry.rows)
-            own[i, geometry.operand] = rows * geometry.features**2
-            pair += 2 * rows * geometry.features * target[0]
+    for (i, _), geometry in geometries.items():
+        rows = float(images * geometry.rows)
+        own[i, geometry.operand] = rows * geometry.features**2
+        pair += 2 * rows * geometry.features * geometry.receiver[0]
     return sum(own.values()), pair
 
 
-def _direct_flops(sender: list[Shape], receiver: list[Shape], images: int, rules: Rules) -> float:
-    """FLOPs of comparing all stitches of a pair with the expected representation."""
-    geometries = [Geometry.between(origin, target, rules) for origin in sender for target in receiver]
-    return sum(2.0 * images * own.rows * own.features * own.receiver[0] for own in geometries)
+def _direct_flops(geometries: Geometries, images: int) -> float:
+    """FLOPs of comparing the stitches of a pair with the expected representation."""
+    return sum(2.0 * images * own.rows * own.features * own.receiver[0] for own in geometries.values())
 
 
 def data_size(root: Root, name: str) -> DatasetSize:

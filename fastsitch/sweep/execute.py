@@ -32,7 +32,7 @@ from fastsitch.stitching.regression import regress_group
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.groups import train_in_groups
 from fastsitch.sweep.matched import MatchedStitches
-from fastsitch.sweep.plan import PlannedUnit, plan_units, unit_cells
+from fastsitch.sweep.plan import PlannedUnit, plan_units
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
 from fastsitch.sweep.senders import ExpectedSources, Origin, Representations
 
@@ -120,7 +120,7 @@ class Execution:
             receiver = planned.receiver
             expected, expected_origin = self.representations.expected(receiver)
             self._require_same_receiver(expected_origin, receiver)
-            matched = stitches.of(planned, expected, lambda part: self._tell(part, planned))
+            matched = stitches.of(planned, self.run.cells(planned), expected, lambda part: self._tell(part, planned))
             results = self._train(planned, source, matched)
             return UnitResults(results, origin.identity.hash, expected_origin.identity.hash)
         return UnitResults(self._train(planned, source, None), origin.identity.hash)
@@ -171,7 +171,7 @@ class Execution:
         """
         config, resolved = self.run.config, self.run.resolved
         receiver = self.networks.receiver(planned.receiver, resolved, config.receiver_bn)
-        cells = unit_cells(planned.unit, len(source.shapes), len(receiver.positions))
+        cells = self.run.cells(planned)
         order = ImageOrder(seed=planned.unit.seed, block=config.block, window=config.window)
         how: dict[str, Any] = {"kernel": resolved.kernel, "rules": config.rules}
         done = 0
@@ -211,9 +211,8 @@ def missing_units(run: Run) -> list[PlannedUnit]:
 
 
 def count_cells(run: Run, units: Iterable[PlannedUnit]) -> int:
-    """Cells of some units of a run."""
-    networks = run.networks
-    return sum(len(networks[own.sender].positions) * len(networks[own.receiver].positions) for own in units)
+    """Cells of some units of a run, those that it asks for."""
+    return sum(len(run.cells(planned)) for planned in units)
 
 
 class Networks:

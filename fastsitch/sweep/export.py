@@ -18,9 +18,10 @@ from fastsitch.sweep.results import Run
 def export_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
     """Write ``SENDER--RECEIVER.SETTING.npz`` and ``.json`` for every pair and setting; return the npz paths.
 
-    Arrays are float64 with rows = sender positions and columns = receiver positions (NaN where a cell is not done or
-    diverged); ``status`` is int8: 0 not run, 1 done, 2 diverged. With several seeds the mean, ``*_by_seed`` with the
-    seeds as leading axis, and ``*_interval``: half the width of the mean's 95 % interval (Student's t over seeds).
+    Arrays are float64 with rows = sender positions and columns = receiver positions (NaN where a cell is not done, was
+    not asked for or diverged); ``status`` is int8: 0 not run, 1 done, 2 diverged. With several seeds the mean,
+    ``*_by_seed`` with the seeds as leading axis, and ``*_interval``: half the width of the mean's 95 % interval
+    (Student's t over seeds).
     """
     folder = output_folder(out)
     paths = []

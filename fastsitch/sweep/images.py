@@ -50,7 +50,7 @@ Chosen = Sequence[str] | str | None
 
 @dataclass(frozen=True, kw_only=True)
 class PairImages:
-    """What the input stitches of one pair and setting make of n test images; S sender positions.
+    """What the input stitches of one pair and setting make of n test images; S sender positions, those of the run.
 
     Pixels are fp32 in [0, 1]; ``generated`` and ``results`` are by variant, ``vanilla`` and ``matched``.
     """
@@ -59,6 +59,8 @@ class PairImages:
     receiver: str
     setting: str
     sender_positions: tuple[str, ...]
+    indices: tuple[int, ...]
+    """Of these among all positions of the sender."""
     network_accuracies: tuple[float, float]
     """Of sender and receiver."""
     images: tuple[int, ...]
@@ -228,8 +230,8 @@ class _Images:
         how: dict[str, Any] = {"kernel": self.run.resolved.kernel, "rules": config.rules}
         receiver = self._receiver(planned.receiver)
         expected = InputImages(self.dataset.train, self.load(planned.receiver).record.transform, self.device)
-        cells = input_cells(planned.unit, len(source.shapes))
-        exact = match(pair_moments(moments, expected))
+        cells = input_cells(self.run, planned)
+        exact = match(pair_moments(moments, expected, None, [(cell.i, cell.j) for cell in cells]))
         matched = {cell: exact[cell.i, 0] for cell in cells}
         order = ImageOrder(seed=planned.unit.seed, block=config.block, window=config.window)
         init = matched if config.init == "matched" else None
@@ -254,18 +256,20 @@ class _Images:
                 for cell, result in results.items()
             }
 
-        size = self._group_size(source.shapes, [position.rows for position in receiver.positions])
+        size = self._group_size(cells, source.shapes, [position.rows for position in receiver.positions])
         vanilla, size = train_in_groups(cells, size, train)
         fitted, _ = train_in_groups(cells, size, evaluate)
         return {"vanilla": [vanilla[cell] for cell in cells], "matched": [fitted[cell] for cell in cells]}
 
-    def _group_size(self, sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
+    def _group_size(self, asked: Sequence[Cell], sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
         """The most stitches into the input whose training fits into memory together; at least 1."""
         resolved, config = self.run.resolved, self.run.config
         batch, rules = config.recipe.batch_size, config.rules
         kind = StepKind.of(self.device, resolved.precision, resolved.kernel, resolved.compile, batch, rules=rules)
-        room = self.room - matching_memory(sender, receiver[:1], preconditioned=config.preconditions, rules=rules)
-        cells = [(i, 0) for i in range(len(sender))]
+        cells = [(cell.i, cell.j) for cell in asked]
+        room = self.room - matching_memory(
+            sender, receiver, preconditioned=config.preconditions, rules=rules, cells=cells
+        )
         groups = 1
         while groups < len(cells) and group_memory(cells[::groups], sender, receiver, kind) > room:
             groups += 1
@@ -278,12 +282,13 @@ class _Images:
         pixels_NCHW = self.dataset.test.images[list(index)].float().permute(0, 3, 1, 2) / 255
         provided = self._provided(planned.sender, tuple(index))
         positions, rules = self.load(planned.sender).chain.positions, run.config.rules
+        indices = tuple(cell.i for cell in input_cells(run, planned))
         generated, clamped = {}, {}
         for variant, results in stitches.items():
             pixels = torch.stack(
                 [
-                    record.normalisation.invert(generate(x, result, record.input_shape, position, rules))
-                    for x, result, position in zip(provided, results, positions, strict=True)
+                    record.normalisation.invert(generate(provided[i], result, record.input_shape, positions[i], rules))
+                    for i, result in zip(indices, results, strict=True)
                 ]
             )
             outside = (pixels < 0) | (pixels > 1)
@@ -294,7 +299,8 @@ class _Images:
             sender=unit.sender,
             receiver=unit.receiver,
             setting=unit.setting,
-            sender_positions=tuple(name for name, _ in sender.positions),
+            sender_positions=tuple(sender.positions[i][0] for i in indices),
+            indices=indices,
             network_accuracies=(sender.accuracy, receiver.accuracy),
             images=tuple(index),
             labels=tuple(self.dataset.test.labels[list(index)].tolist()),
@@ -327,7 +333,7 @@ class _Images:
         return compile_blocks(network) if self.run.resolved.compile == "on" else network
 
     def _positions(self, planned: PlannedUnit) -> int:
-        return len(self.run.networks[planned.sender].positions)
+        return len(input_cells(self.run, planned))
 
 
 def generate(

@@ -34,7 +34,7 @@ VARIANTS = ("vanilla", "matched")
 _NUMBERS = ("accuracy", "loss", "train_loss", "status", "matched_error")
 
 InputStitches = Mapping[str, Sequence[CellResult]]
-"""By variant, the stitch of every sender position."""
+"""By variant, the stitch of every sender position that the run asks for."""
 
 
 def input_unit(unit: Unit) -> Unit:
@@ -47,9 +47,10 @@ def input_unit(unit: Unit) -> Unit:
     )
 
 
-def input_cells(unit: Unit, senders: int) -> list[Cell]:
-    """One cell for each of so many sender positions."""
-    return [Cell(input_unit(unit), i, 0) for i in range(senders)]
+def input_cells(run: Run, planned: PlannedUnit) -> list[Cell]:
+    """One cell for each sender position that the run asks for."""
+    senders = dict.fromkeys(cell.i for cell in run.cells(planned))
+    return [Cell(input_unit(planned.unit), i, 0) for i in senders]
 
 
 class InputImages:

@@ -2,7 +2,7 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.networks.names import NetworkName
@@ -24,11 +24,16 @@ class MatchedStitches:
         self._matched: dict[tuple[int, int], Matched] = {}
 
     def of(
-        self, planned: PlannedUnit, expected: OrderedSplit, report: Callable[[float], None] | None = None
+        self,
+        planned: PlannedUnit,
+        cells: Sequence[Cell],
+        expected: OrderedSplit,
+        report: Callable[[float], None] | None = None,
     ) -> dict[Cell, Matched]:
-        """The matched stitch of every cell of a unit; ``expected`` are the receiver's own representations.
+        """The matched stitches of a unit's cells; ``expected`` are the receiver's own representations.
 
-        ``report`` is told the cells done so far, which are fractions of one until all are done.
+        The cells are at the same positions for all units of a pair. ``report`` is told the cells done so far, which are
+        fractions of one until all are done.
         """
         if planned.receiver != self._receiver:
 
@@ -36,7 +41,7 @@ class MatchedStitches:
                 if report is not None:
                     report(done / total)
 
-            self._matched = match(pair_moments(self._moments, expected, tell))
+            self._matched = match(pair_moments(self._moments, expected, tell, [(cell.i, cell.j) for cell in cells]))
             self._receiver = planned.receiver
             methods = Counter(stitch.method for stitch in self._matched.values())
             log.info(
@@ -46,4 +51,4 @@ class MatchedStitches:
                 RIDGE,
                 ", ".join(f"{count} by {method}" for method, count in methods.items()),
             )
-        return {Cell(planned.unit, i, j): stitch for (i, j), stitch in self._matched.items()}
+        return {cell: self._matched[cell.i, cell.j] for cell in cells}

@@ -2,9 +2,9 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 
 import torch
 
@@ -21,6 +21,10 @@ _SHARE = {"cpu": 0.75, "cuda": 0.9}
 
 _OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
 """Workspaces of the libraries, and what the allocator keeps: measured on the CPU, assumed on CUDA."""
+
+Pair = tuple[Sequence[Shape], Sequence[Shape], Sequence[tuple[int, int]]]
+"""Shapes of a sender's and a receiver's positions, and the cells (i, j) to train, the earliest receiver position first.
+"""
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -124,19 +128,21 @@ def matching_memory(
     *,
     preconditioned: bool = False,
     rules: Rules = DEFAULT_RULES,
+    cells: Collection[tuple[int, int]] | None = None,
 ) -> int:
     """Predicted bytes of matching a pair: products of the inputs, shared by all receivers, and twice those of cells.
 
-    With a preconditioner also the inverses of the former, in fp32, and three copies of the largest while it is made.
+    Of all cells (i, j), or of those given. With a preconditioner also the inverses of the former, in fp32, and three
+    copies of the largest while it is made.
     """
-    geometries = [
-        (i, Geometry.between(origin, target, rules)) for i, origin in enumerate(sender) for target in receiver
-    ]
+    if cells is None:
+        cells = list(product(range(len(sender)), range(len(receiver))))
+    geometries = [(i, Geometry.between(sender[i], receiver[j], rules)) for i, j in cells]
     inputs = {(i, geometry.operand): geometry.features for i, geometry in geometries}
-    cells = sum(geometry.features * geometry.receiver[0] for _, geometry in geometries)
+    crossed = sum(geometry.features * geometry.receiver[0] for _, geometry in geometries)
     squares = [features**2 for features in inputs.values()]
     inverses = 4 * sum(squares) + 3 * 8 * max(squares) if preconditioned else 0
-    return 8 * (sum(squares) + 2 * cells) + inverses
+    return 8 * (sum(squares) + 2 * crossed) + inverses
 
 
 def statistics_bytes(cells: Sequence[tuple[int, int]], receiver: Sequence[Shape]) -> int:
@@ -145,14 +151,15 @@ def statistics_bytes(cells: Sequence[tuple[int, int]], receiver: Sequence[Shape]
     return 2 * 4 * sum(sum(channels[j:]) for _, j in cells)
 
 
-def largest_group(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind, budget: int) -> int:
-    """The most cells per group that let every group of every pair (sender, receiver shapes) fit into ``budget`` bytes.
+def largest_group(pairs: Iterable[Pair], kind: StepKind, budget: int) -> int:
+    """The most cells per group that let every group of every pair fit into ``budget`` bytes.
 
     At least 1. Groups of a pair are equal, so each pair is split into as few of them as will do.
     """
     most, limit = 1, math.inf
-    for sender, receiver in {(tuple(sender), tuple(receiver)) for sender, receiver in pairs}:
-        cells = [(i, j) for j in range(len(receiver)) for i in range(len(sender))]
+    for sender, receiver, cells in {
+        (tuple(sender), tuple(receiver), tuple(cells)) for sender, receiver, cells in pairs
+    }:
         most = max(most, len(cells))
         groups = 1
         # the first group has the earliest cells, which pass through the most blocks
@@ -163,9 +170,9 @@ def largest_group(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind
     return int(min(most, limit))
 
 
-def smallest_group_memory(pairs: Iterable[tuple[Sequence[Shape], Sequence[Shape]]], kind: StepKind) -> int:
+def smallest_group_memory(pairs: Iterable[Pair], kind: StepKind) -> int:
     """Predicted bytes of the largest group of one cell."""
-    return max(group_memory([(0, 0)], sender, receiver, kind) for sender, receiver in pairs)
+    return max(group_memory(cells[:1], sender, receiver, kind) for sender, receiver, cells in pairs)
 
 
 def memory_budget(requested: str | int, available: int, device: str) -> int:

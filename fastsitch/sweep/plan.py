@@ -1,12 +1,18 @@
 """From a configuration to units, cells and groups."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from itertools import product
 
+from fastsitch.errors import ConfigError
+from fastsitch.networks.layout import Shape
 from fastsitch.networks.names import NetworkName
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.sweep.config import SweepConfig
+
+Positions = Mapping[NetworkName, Sequence[tuple[str, Shape]]]
+"""Name and shape of every position of every network in a sweep."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +43,45 @@ def networks_of(unit: Unit) -> tuple[NetworkName, NetworkName]:
     )
 
 
-def unit_cells(unit: Unit, senders: int, receivers: int) -> list[Cell]:
-    """All cells of a unit, for so many sender and receiver positions, by receiver position."""
-    return [Cell(unit, i, j) for j in range(receivers) for i in range(senders)]
+def unit_cells(unit: Unit, senders: Sequence[int], receivers: Sequence[int]) -> list[Cell]:
+    """The cells of a unit at these sender and receiver positions, by receiver position."""
+    return [Cell(unit, i, j) for j in receivers for i in senders]
+
+
+def chosen_positions(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
+    """The positions whose names match one of the patterns, by index; all where there is no pattern."""
+    return [
+        k for k, name in enumerate(names) if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+
+
+def planned_cells(config: SweepConfig, planned: PlannedUnit, positions: Positions) -> list[Cell]:
+    """The cells of a unit that the sweep asks for, by receiver position."""
+    senders, receivers = (
+        chosen_positions([name for name, _ in positions[network]], config.positions)
+        for network in (planned.sender, planned.receiver)
+    )
+    return unit_cells(planned.unit, senders, receivers)
+
+
+def require_positions(config: SweepConfig, positions: Positions) -> None:
+    """Raise ConfigError for a pattern that no network has a position for, and a network that no pattern matches."""
+    names = {str(network): tuple(name for name, _ in own) for network, own in positions.items()}
+    known = list(dict.fromkeys(name for own in names.values() for name in own))
+    asked = f"--positions {','.join(config.positions)}"
+    unknown = [pattern for pattern in config.positions if not chosen_positions(known, [pattern])]
+    if unknown:
+        raise ConfigError(
+            f"{asked}: no network of the sweep has a position {' or '.join(unknown)}: expected some of "
+            f"{', '.join(known)}"
+        )
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for network, own in names.items():
+        if not chosen_positions(own, config.positions):
+            alike.setdefault(own, []).append(network)
+    if alike:
+        there = "; ".join(f"{', '.join(networks)} has {', '.join(own)}" for own, networks in alike.items())
+        raise ConfigError(f"{asked}: a network has none of these: {there}")
 
 
 def split_groups(cells: Sequence[Cell], group_size: int) -> list[list[Cell]]:

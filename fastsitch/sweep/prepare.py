@@ -17,11 +17,11 @@ from fastsitch.machine import (
 )
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
-from fastsitch.stitching.geometry import Geometry, Rules
+from fastsitch.stitching.geometry import Geometry
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.execute import Networks
 from fastsitch.sweep.memory import memory_budget
-from fastsitch.sweep.plan import PlannedUnit, plan_units
+from fastsitch.sweep.plan import PlannedUnit, plan_units, planned_cells, require_positions
 from fastsitch.sweep.resolve import resolve
 from fastsitch.sweep.results import NetworkInput, Resolved, Run
 from fastsitch.sweep.source_rates import choose_measured
@@ -56,7 +56,7 @@ class Preparation:
             network: self.networks.describe(network)
             for network in dict.fromkeys(name for own in self._units for name in (own.sender, own.receiver))
         }
-        _check_geometries(self._units, self._inputs, config.rules)
+        _check_geometries(config, self._units, self._inputs)
 
     def existing(self, path: Path) -> Run | None:
         """The run at ``path``, if there is one, of which the stores that are there can be used."""
@@ -129,22 +129,26 @@ def _new_run(
     available: int,
 ) -> Run:
     """Create the run, with everything that ``auto`` chooses on this machine frozen into it."""
-    shapes = {name: [shape for _, shape in network.positions] for name, network in inputs.items()}
+    positions = {name: network.positions for name, network in inputs.items()}
+    shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
     budget = memory_budget(memory, available, device.type)
     dtype = DTYPES[resolve_precision(config.precision, device)]
     source = choose_measured(
         root, config, shapes, networks.dataset, networks.load, dtype=dtype, device=device, budget=budget
     )
     log.info("source %s", source.reason)
-    resolved = resolve(root.path, config, shapes, source, device, memory=memory, budget=budget)
+    resolved = resolve(root.path, config, positions, source, device, memory=memory, budget=budget)
     return Run.create(path, config, resolved, inputs, networks.dataset.hash)
 
 
-def _check_geometries(units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput], rules: Rules) -> None:
+def _check_geometries(config: SweepConfig, units: list[PlannedUnit], inputs: dict[NetworkName, NetworkInput]) -> None:
+    """Refuse positions that there are not, and cells that no stitch can join."""
+    positions = {name: network.positions for name, network in inputs.items()}
+    require_positions(config, positions)
     for planned in units:
-        for _, sender in inputs[planned.sender].positions:
-            for _, receiver in inputs[planned.receiver].positions:
-                Geometry.between(sender, receiver, rules)
+        sender, receiver = positions[planned.sender], positions[planned.receiver]
+        for cell in sorted(planned_cells(config, planned, positions)):
+            Geometry.between(sender[cell.i][1], receiver[cell.j][1], config.rules)
 
 
 def _describe(resolved: Resolved) -> str:

@@ -1,32 +1,26 @@
 """What ``auto`` means for a sweep on this machine: one place for runs and for predictions."""
 
 import logging
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from fastsitch.errors import MemoryLimitError
 from fastsitch.machine import resolve_compile, resolve_kernel, resolve_precision
-from fastsitch.networks.names import NetworkName
-from fastsitch.stitching.geometry import Shape
 from fastsitch.sweep.choose_source import SourceChoice
 from fastsitch.sweep.config import SweepConfig
-from fastsitch.sweep.memory import StepKind, largest_group, matching_memory, smallest_group_memory
-from fastsitch.sweep.plan import plan_units
+from fastsitch.sweep.memory import Pair, StepKind, largest_group, matching_memory, smallest_group_memory
+from fastsitch.sweep.plan import Positions, plan_units, planned_cells
 from fastsitch.sweep.profile import Tuning, find_tuning, tuned_compile, tuned_group_size
 from fastsitch.sweep.results import Resolved
 
 log = logging.getLogger(__name__)
 
-Shapes = Mapping[NetworkName, Sequence[Shape]]
-"""Shapes of the positions of every network in a sweep."""
-
 
 def resolve(
     root: Path,
     config: SweepConfig,
-    shapes: Shapes,
+    positions: Positions,
     source: SourceChoice,
     device: torch.device,
     *,
@@ -38,10 +32,11 @@ def resolve(
     Raises MemoryLimitError when a budget that was named does not hold a single cell.
     """
     precision = resolve_precision(config.precision, device)
-    width = max(own[0][0] for own in shapes.values())
+    width = max(own[0][1][0] for own in positions.values())
     tuning = find_tuning(root, device, width=width, batch_size=config.recipe.batch_size, precision=precision)
     kernel = resolve_kernel(config.kernel, device)
     compile = _resolve_compile(config, tuning, device)
+    pairs = _pairs(config, positions)
     if config.group_size == "auto" or memory != "auto":
         kind = StepKind.of(
             device,
@@ -53,13 +48,13 @@ def resolve(
             regresses=config.regresses,
             rules=config.rules,
         )
-        fits = _largest_group(config, shapes, kind, budget - source.memory, named=memory != "auto")
+        fits = _largest_group(config, pairs, kind, budget - source.memory, named=memory != "auto")
     if config.group_size == "auto":
         # what was measured are steps through the receiver
         group_size = fits if config.regresses else tuned_group_size(tuning, fits)
     else:
         group_size = int(config.group_size)
-        largest = max(len(shapes[planned.sender]) * len(shapes[planned.receiver]) for planned in plan_units(config))
+        largest = max(len(cells) for _, _, cells in pairs)
         if memory != "auto" and min(group_size, largest) > fits:
             raise MemoryLimitError(
                 f"--group-size {group_size}: --memory {memory} is enough for groups of {fits}; allow more, or use "
@@ -83,12 +78,24 @@ def _resolve_compile(config: SweepConfig, tuning: Tuning | None, device: torch.d
     return "off"
 
 
-def _largest_group(config: SweepConfig, shapes: Shapes, kind: StepKind, room: int, *, named: bool) -> int:
-    pairs = [(shapes[planned.sender], shapes[planned.receiver]) for planned in plan_units(config)]
+def _pairs(config: SweepConfig, positions: Positions) -> list[Pair]:
+    """The networks of every unit, and its cells."""
+    shapes = {name: [shape for _, shape in own] for name, own in positions.items()}
+    return [
+        (
+            shapes[planned.sender],
+            shapes[planned.receiver],
+            [(cell.i, cell.j) for cell in planned_cells(config, planned, positions)],
+        )
+        for planned in plan_units(config)
+    ]
+
+
+def _largest_group(config: SweepConfig, pairs: list[Pair], kind: StepKind, room: int, *, named: bool) -> int:
     if config.solves:
         room -= max(
-            matching_memory(sender, receiver, preconditioned=config.preconditions, rules=config.rules)
-            for sender, receiver in pairs
+            matching_memory(sender, receiver, preconditioned=config.preconditions, rules=config.rules, cells=cells)
+            for sender, receiver, cells in pairs
         )
     needed = smallest_group_memory(pairs, kind)
     if named and needed > room:

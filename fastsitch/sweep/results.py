@@ -21,7 +21,7 @@ from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import CellResult
 from fastsitch.sweep.config import SweepConfig
 from fastsitch.sweep.interval import half_width
-from fastsitch.sweep.plan import PlannedUnit, plan_units
+from fastsitch.sweep.plan import PlannedUnit, networks_of, plan_units, planned_cells
 from fastsitch.sweep.unit_files import MATCHED, UnitFiles
 
 _FORMAT = 1
@@ -164,6 +164,10 @@ class Run:
         """All units of the run, done or not."""
         return plan_units(self.config)
 
+    def cells(self, planned: PlannedUnit) -> list[Cell]:
+        """The cells of a unit that the run asks for, by receiver position."""
+        return planned_cells(self.config, planned, {name: own.positions for name, own in self.networks.items()})
+
     def done(self, unit: Unit) -> bool:
         """Whether a unit's results are saved."""
         return self._files.done(unit)
@@ -177,10 +181,13 @@ class Run:
     ) -> None:
         """Save a unit: stitches first, then the matrices, whose presence says that the unit is done.
 
-        The receiver's store counts where matched stitches were computed from it.
+        ``results`` are of all cells that the run asks for; all others are NaN, with status 0. The receiver's store
+        counts where matched stitches were computed from it.
         """
-        shape = (max(cell.i for cell in results) + 1, max(cell.j for cell in results) + 1)
-        assert len(results) == shape[0] * shape[1]
+        planned = PlannedUnit(unit, *networks_of(unit))
+        assert set(results) == set(self.cells(planned))
+        sender, receiver = (self.networks[name].positions for name in (planned.sender, planned.receiver))
+        shape = (len(sender), len(receiver))
         self._files.save(unit, shape, results, store_hash, receiver_store_hash)
 
     def read(self, unit: Unit) -> dict[str, NDArray[Any]]:
@@ -232,7 +239,9 @@ class Run:
         )
 
     def matrix_by_seed(self, sender: str, receiver: str, metric: str, *, setting: str = "T2T") -> NDArray[Any]:
-        """A metric of all cells, (seeds, sender positions, receiver positions); NaN where a cell is not done.
+        """A metric of all cells, (seeds, sender positions, receiver positions).
+
+        NaN, or status 0, where a cell is not done or was not asked for.
 
         Metrics are listed in :attr:`metrics`; ``accuracy_ratio`` and ``accuracy_drop`` refer to the receiver's own
         accuracy.
@@ -306,4 +315,5 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: st
 
 
 def _plain(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    # only positions may be empty
+    return ",".join(map(str, value)) or "all" if isinstance(value, list | tuple) else str(value)
