@@ -14,10 +14,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray.cluster_utils
+import torch
 
 import fastsitch
 from fastsitch.activations.store import ActivationStore
@@ -262,6 +264,20 @@ def test_a_worker_reads_no_chunk_twice(cluster: str, root: Path) -> None:
         assert set(reads.values()) == {1}
     senders = {worker: {store for store, *_ in reads} for worker, reads in read.items()}
     assert set.union(*senders.values()) == {"R1111", "R1112"}
+
+
+def test_workers_have_a_gpu_each_where_there_are_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What a cluster of three machines says of itself; one of them is gone."""
+    threads = float(torch.get_num_threads())
+    nodes = [
+        {"Alive": True, "Resources": {"CPU": 2 * threads, "GPU": 2.0}},
+        {"Alive": True, "Resources": {"CPU": threads}},
+        {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+    ]
+    monkeypatch.setattr(Cluster, "_connected", lambda self: SimpleNamespace(nodes=lambda: nodes))
+    machines = Cluster("auto", root=tmp_path)
+    for device, kind, total in (("auto", "cuda", 2), ("cuda", "cuda", 2), ("cpu", "cpu", 3)):
+        assert machines.places(device) == Places(device=kind, threads=int(threads), total=total, per_machine=2)
 
 
 def refuse(job: str, tell: Callable[[Any], None]) -> None:
