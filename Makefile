@@ -35,8 +35,9 @@ families: $(READY)
 	$(BIN)/fastsitch add mobilenet --from torchvision:mobilenet_v3_small \
 		--positions features.0.2,features.1,features.3,features.6,features.8,features.11 $(PLACE)
 	$(BIN)/fastsitch train R1111 --width 16 --epochs 8 $(PLACE)
-	$(BIN)/fastsitch train mobilenet vit --epochs 20 $(PLACE)
-	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --settings T2T,R2T --run families $(PLACE)
+	$(BIN)/fastsitch train mobilenet vit --epochs 10 $(PLACE)
+	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --recipe small --epochs 1 \
+		--run families $(PLACE)
 	$(BIN)/fastsitch export families --out families $(PLACE)
 	$(BIN)/fastsitch plot families --out families $(PLACE)
 	$(BIN)/fastsitch plot families --figure overview --out families $(PLACE)

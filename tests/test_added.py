@@ -3,9 +3,11 @@
 import json
 import logging
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -142,26 +144,34 @@ def test_networks_of_torchvision_and_timm_are_added_by_name(tmp_path: Path, run_
     assert sum(definition.flops) > 1e6
 
 
-def test_three_families_are_stitched_with_each_other(few: str, tmp_path: Path) -> None:
-    pytest.importorskip("timm")
-    added: dict[str, Any] = {"dataset": few, "root": tmp_path}
-    fastsitch.add("resnet18", "torchvision:resnet18", positions="layer1,layer4", **added)
-    fastsitch.add("vit", "timm:vit_tiny_patch16_224", positions="blocks.1,blocks.10,fc_norm", **added)
-    names = ["R1111", "resnet18", "vit"]
-    fastsitch.train(*names, width=4, epochs=1, dataset=few, root=tmp_path)
-    options: dict[str, Any] = {"settings": ["T2T", "R2T"], "batch_size": 16, "epochs": 1, "root": tmp_path}
-    run = fastsitch.sweep(names, names, **options)
-    sizes = dict(zip(names, (5, 2, 3), strict=True))
-    for sender in names:
-        for receiver in names:
-            for setting in ("T2T", "R2T"):
-                assert run.matrix(sender, receiver, "status", setting=setting).shape == (sizes[sender], sizes[receiver])
-                assert (run.matrix(sender, receiver, "status", setting=setting) == 1).all()
-    assert [shape for _, shape in run.networks[NetworkName("vit")].positions] == [(192, 2, 2, 1)] * 2 + [(192,)]
-    matched = fastsitch.sweep("vit", "resnet18,vit", loss="match", **{**options, "settings": "T2T"})
+def test_three_families_are_stitched_with_each_other(few: str, run_here: RunHere, tmp_path: Path) -> None:
+    """Maps and tokens, by the commands alone; the transformer is that of docs/families.md."""
+    vit = Path(__file__).parents[1] / "docs" / "families" / "vit.py"
+    names, data = "R1111,resnet18,vit", ["--dataset", few]
+    small = [*data, "--batch-size", "16", "--epochs", "1"]
+    for line in (
+        ["add", "resnet18", "--from", "torchvision:resnet18", "--positions", "layer1,layer3,layer4", *data],
+        ["add", "vit", "--from", f"{vit}:small", *data],
+        ["train", *names.split(","), "--width", "4", "--epochs", "1", *data],
+        ["sweep", "--senders", names, "--receivers", names, "--settings", "T2T,R2T", "--run", "all", *small],
+        ["sweep", "--senders", "vit", "--receivers", "resnet18,vit", "--loss", "match", "--run", "matched", *small],
+        ["export", "all", "--out", "out"],
+        ["plot", "all", "--out", "out"],
+    ):
+        ended = run_here(*line)
+        assert ended.returncode == 0, (line, ended.stderr)
+    out = tmp_path / "work" / "out"
+    sizes = dict(zip(names.split(","), (5, 3, 5), strict=True))
+    for (sender, i), (receiver, j), setting in product(sizes.items(), sizes.items(), ("T2T", "R2T")):
+        assert (out / f"{sender}--{receiver}.{setting}.png").is_file()
+        with np.load(out / f"{sender}--{receiver}.{setting}.npz", allow_pickle=False) as matrices:
+            assert matrices["accuracy"].shape == (i, j)
+            assert (matrices["status"] == 1).all()
+            assert np.isfinite(matrices["accuracy"]).all()
+    matched = fastsitch.open_run("matched", root=tmp_path / "work" / "fastsitch-data")
+    assert [shape for _, shape in matched.networks[NetworkName("vit")].positions] == [(64, 8, 8, 1)] * 5
     # a network matched to itself at the same position is left as it is
-    itself = matched.matrix("vit", "vit", "accuracy_drop")
-    assert abs(itself.diagonal()).max() < 0.05
+    assert abs(matched.matrix("vit", "vit", "accuracy_drop").diagonal()).max() < 0.05
 
 
 def test_a_changed_file_a_changed_definition_and_damage_are_noticed(factory: Path, few: str, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import fastsitch
 from fastsitch.cli.console import duration, rate_text, size, table
 from fastsitch.data import Dataset
-from tests.conftest import Command, cli_environment, cli_line, save_npz
+from tests.conftest import Command, RunHere, cli_environment, cli_line, save_npz
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +150,9 @@ SWEEP = ["sweep", "--senders", "R1111", "--receivers", "R1112"]
     ],
 )
 def test_bad_usage_ends_with_2_and_plain_lines(
-    arguments: list[str], message: str, root: Path, run_cli: Command
+    arguments: list[str], message: str, root: Path, run_here: RunHere
 ) -> None:
-    ended = run_cli(*(str(root) if part == "ROOT" else part for part in arguments))
+    ended = run_here(*(str(root) if part == "ROOT" else part for part in arguments))
     assert ended.returncode == 2
     assert message in ended.stderr
     assert ended.stderr.startswith("fastsitch: ")
@@ -161,14 +161,14 @@ def test_bad_usage_ends_with_2_and_plain_lines(
     assert len(ended.stderr.splitlines()) <= 3
 
 
-def test_tables_look_at_the_folder_before_anything_is_measured(root: Path, run_cli: Command) -> None:
-    ended = run_cli("tables", "first", "--out", "/etc/hostname/x", "--root", root)
+def test_tables_look_at_the_folder_before_anything_is_measured(root: Path, run_here: RunHere) -> None:
+    ended = run_here("tables", "first", "--out", "/etc/hostname/x", "--root", root)
     assert ended.returncode == 2
     assert re.fullmatch(r"fastsitch: --out /etc/hostname/x: /etc/hostname is a file[^\n]*\n", ended.stderr)
     assert not ended.stdout
 
 
-def test_sizes_that_cannot_be_stitched_are_refused(run_cli: Command, tmp_path: Path) -> None:
+def test_sizes_that_cannot_be_stitched_are_refused(run_here: RunHere, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     arrays = {
         f"{kind}_{split}": values
@@ -179,22 +179,22 @@ def test_sizes_that_cannot_be_stitched_are_refused(run_cli: Command, tmp_path: P
     dataset = f"npz:{tmp_path / 'odd.npz'}"
     small = ["--width", "4", "--epochs", "1"]
     assert (
-        "64 training images are fewer than one batch of 128" in run_cli("train", "R1111", "--dataset", dataset).stderr
+        "64 training images are fewer than one batch of 128" in run_here("train", "R1111", "--dataset", dataset).stderr
     )
     np.savez(tmp_path / "odd.npz", **{key: np.concatenate([value] * 3) for key, value in arrays.items()})
-    assert run_cli("train", "R1111", "--dataset", dataset, *small).returncode == 0
-    ended = run_cli("sweep", "--senders", "R1111", "--receivers", "R1111", "--batch-size", "16")
+    assert run_here("train", "R1111", "--dataset", dataset, *small).returncode == 0
+    ended = run_here("sweep", "--senders", "R1111", "--receivers", "R1111", "--batch-size", "16")
     assert ended.returncode == 2
     assert "no stitch from 20x20 to 3x3" in ended.stderr
 
 
 def test_a_data_set_has_to_be_chosen_when_several_have_the_networks(
-    fashion: Dataset, tmp_path: Path, run_cli: Command
+    fashion: Dataset, tmp_path: Path, run_here: RunHere
 ) -> None:
     for name in ("one", "two"):
         save_npz(tmp_path / f"{name}.npz", fashion.train, fashion.test, 130, 20)
-        run_cli("train", "R1111", "--dataset", f"npz:{tmp_path / name}.npz", "--width", "2", "--epochs", "1")
-    ended = run_cli("precompute", "R1111")
+        run_here("train", "R1111", "--dataset", f"npz:{tmp_path / name}.npz", "--width", "2", "--epochs", "1")
+    ended = run_here("precompute", "R1111")
     assert ended.returncode == 2
     assert "several data sets have R1111: choose one with --dataset" in ended.stderr
     assert "one.npz" in ended.stderr

@@ -35,7 +35,7 @@ from fastsitch.sweep import images as images_module
 from fastsitch.sweep.images import PairImages, chosen_images, generate, run_images
 from fastsitch.sweep.input_stitches import InputImages, input_unit
 from fastsitch.sweep.results import Run
-from tests.conftest import Command, network, save_npz
+from tests.conftest import Command, RunHere, network, save_npz
 from tests.test_engine import ORDER, RECIPE, assert_same, source_of
 from tests.test_kill import contents, kill_while
 
@@ -378,8 +378,8 @@ def test_images_survive_a_kill(place: Path, tmp_path: Path, run_cli: Command) ->
         (["--memory", "much"], "--memory much: expected auto or a size"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(options: list[str], message: str, place: Path, run_cli: Command) -> None:
-    ended = run_cli("images", "bf", "--root", place, *options)
+def test_what_cannot_be_drawn_is_one_line(options: list[str], message: str, place: Path, run_here: RunHere) -> None:
+    ended = run_here("images", "bf", "--root", place, *options)
     assert ended.returncode == 2
     assert re.fullmatch(rf"fastsitch: {re.escape(message)}[^\n]*\n", ended.stderr)
     assert not ended.stdout

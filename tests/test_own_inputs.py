@@ -26,7 +26,7 @@ from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.sweep.senders import Representations
-from tests.conftest import Command, save_npz
+from tests.conftest import Command, RunHere, save_npz
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -242,11 +242,11 @@ def test_matching_takes_what_each_network_gives_for_the_same_images(place: tuple
 @pytest.mark.parametrize("what", ["sample ids", "labels"])
 @pytest.mark.parametrize("role", ["sender", "receiver"])
 def test_stores_of_other_samples_are_refused(
-    what: str, role: str, place: tuple[Path, str], tmp_path: Path, run_cli: Command
+    what: str, role: str, place: tuple[Path, str], tmp_path: Path, run_here: RunHere
 ) -> None:
     _, dataset = place
     path = other_samples(place, tmp_path / "copy", "R1111" if role == "sender" else "R2111", what)
-    ended = run_cli(
+    ended = run_here(
         *("sweep", "--senders", "R1111", "--receivers", "R2111", "--loss", "match", "--batch-size", "16"),
         *("--dataset", dataset, "--root", tmp_path / "copy"),
     )
@@ -283,7 +283,7 @@ def other_samples(place: tuple[Path, str], copy: Path, name: str, what: str) -> 
     return path
 
 
-def test_stores_of_other_data_are_refused(place: tuple[Path, str], tmp_path: Path, run_cli: Command) -> None:
+def test_stores_of_other_data_are_refused(place: tuple[Path, str], tmp_path: Path, run_here: RunHere) -> None:
     """A receiver's store whose data hash is another than the sender's."""
     _, dataset = place
     path = other_samples(place, tmp_path / "copy", "R2111", "labels")
@@ -298,7 +298,7 @@ def test_stores_of_other_data_are_refused(place: tuple[Path, str], tmp_path: Pat
             writer.write(split, index, 0, values)
         for split, images in store.sizes.items():
             writer.write_samples(split, store.labels(split), torch.arange(images))
-    ended = run_cli(
+    ended = run_here(
         *("sweep", "--senders", "R1111", "--receivers", "R2111", "--loss", "match", "--batch-size", "16"),
         *("--dataset", dataset, "--root", tmp_path / "copy"),
     )

@@ -11,7 +11,7 @@ from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, RunError
 from fastsitch.sweep.config import SweepConfig, sweep_config
 from fastsitch.sweep.results import Run
-from tests.conftest import Command
+from tests.conftest import RunHere
 
 OPTIONS = {"recipe": "small", "epochs": 1, "batch_size": 16}
 
@@ -41,10 +41,10 @@ def pair_line(place: Path, *more: str) -> tuple[str | Path, ...]:
 
 
 def test_the_command_line_refuses_other_sizes_with_one_line_that_names_the_choices(
-    place: Path, run_cli: Command
+    place: Path, run_here: RunHere
 ) -> None:
     for more in ((), ("--dry-run",)):
-        ended = run_cli(*pair_line(place, "--run", "none", *more))
+        ended = run_here(*pair_line(place, "--run", "none", *more))
         assert ended.returncode == 2
         (line,) = [line for line in ended.stderr.splitlines() if line.startswith("fastsitch: ")]
         assert ended.stderr.strip().endswith(line)
@@ -54,12 +54,12 @@ def test_the_command_line_refuses_other_sizes_with_one_line_that_names_the_choic
     assert not list(place.glob("runs/*/none"))
 
 
-def test_a_dry_run_names_the_kinds(place: Path, run_cli: Command) -> None:
-    ended = run_cli(*pair_line(place, "--dry-run", "--resample", "bilinear", "--class-token", "mean"))
+def test_a_dry_run_names_the_kinds(place: Path, run_here: RunHere) -> None:
+    ended = run_here(*pair_line(place, "--dry-run", "--resample", "bilinear", "--class-token", "mean"))
     assert ended.returncode == 0, ended.stderr
     # from and to 3x3, but for 3x3 itself
     assert "8 bilinear" in ended.stdout
-    ended = run_cli(*pair_line(place, "--dry-run", "--resample", "nearest"))
+    ended = run_here(*pair_line(place, "--dry-run", "--resample", "nearest"))
     assert ended.returncode == 2
     assert "--resample nearest: expected one of none, area, bilinear" in ended.stderr
 
