@@ -1,6 +1,5 @@
 """The commands as functions, for notebooks and scripts. Nothing here prints."""
 
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -330,15 +329,19 @@ def images(
     return write_images(pairs, folder)
 
 
+_SMALLEST_STD = 1e-3
+
+
 def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalisation | None:
     """One number or three of each, of pixels in [0, 1]; raises ConfigError."""
     if mean is None and std is None:
         return None
     means, stds = (tuple(own or ()) * (3 if own is not None and len(own) == 1 else 1) for own in (mean, std))
     fits = len(means) == len(stds) == 3
-    if not fits or not all(map(math.isfinite, means)) or not all(0 < own < math.inf for own in stds):
+    if not fits or not all(0 <= own <= 1 for own in means) or not all(_SMALLEST_STD <= own <= 1 for own in stds):
         raise ConfigError(
-            f"--mean {_joined(mean)} --std {_joined(std)}: expected both, one number or three, and deviations above 0"
+            f"--mean {_joined(mean)} --std {_joined(std)}: expected both, one number or three, of pixels in [0, 1]: "
+            f"means from 0 to 1, deviations from {_SMALLEST_STD:g} to 1"
         )
     return Normalisation(means, stds)
 

@@ -238,3 +238,15 @@ def test_a_torchvision_network_and_its_weights_are_what_torchvision_makes(tmp_pa
         assert torch.equal(chain(x), model(x))
     assert record.classes == 12
     assert len(chain.positions) == 9
+
+
+def test_a_network_without_anything_to_train_is_refused(few: str, run_here: RunHere, tmp_path: Path) -> None:
+    (tmp_path / "still.py").write_text(
+        "from torch import nn\n\n\ndef small(classes):\n"
+        "    layers = nn.Conv2d(3, 4, 8, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes)\n"
+        "    return nn.Sequential(*layers).requires_grad_(False)\n"
+    )
+    assert run_here("add", "still", "--from", f"{tmp_path}/still.py:small", "--dataset", few).returncode == 0
+    ended = run_here("train", "still", "--epochs", "1", "--dataset", few)
+    assert ended.returncode == 2
+    assert "still has no weights that can be trained" in ended.stderr

@@ -31,6 +31,11 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "trap.pt").write_bytes(pickle.dumps(Trap()))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "nan.safetensors").read_bytes()[:100])
     torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({**state, "head.weight": state["head.weight"].long()}, tmp_path / "whole.pt")
+    torch.save({**state, "head.bias": state["head.bias"].to(torch.complex64)}, tmp_path / "complex.pt")
+    torch.save({**state, "head.bias": state["head.bias"].to("meta")}, tmp_path / "meta.pt")
+    torch.save({**state, "head.weight": state["head.weight"].to_sparse()}, tmp_path / "sparse.pt")
+    (tmp_path / "exits.py").write_text("def small(classes):\n    raise SystemExit(0)\n")
     (tmp_path / "broken.py").write_text("def small(classes:\n")
     (tmp_path / "fails.py").write_text("def small(classes):\n    raise KeyError('no such layer')\n")
     (tmp_path / "dict.py").write_text(
@@ -60,7 +65,10 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "outputs": ([f"{tmp_path}/dict.py:small"], r"expected logits \(B, classes\), found dict"),
         "mean alone": ([source, "--mean", "0.5"], r"--mean 0.5 --std \(none\): expected both"),
         "two means": ([source, "--mean", "0.5,0.5", "--std", "1"], "one number or three"),
-        "std 0": ([source, "--mean", "0.5", "--std", "0"], "deviations above 0"),
+        "std 0": ([source, "--mean", "0.5", "--std", "0"], "deviations from 0.001 to 1"),
+        "mean of bytes": ([source, "--mean", "128", "--std", "64"], r"--mean 128 --std 64: .* pixels in \[0, 1\]"),
+        "exits": ([f"{tmp_path}/exits.py:small"], r"cannot be built: SystemExit in .*exits\.py:2: 0"),
+        "huge": ([source, "--resolution", "100000"], "--resolution 100000x100000: expected sides from 1 to 4096"),
         "no number": ([source, "--mean", "half", "--std", "1"], "--mean half: expected numbers"),
         "resolution": ([source, "--resolution", "big"], "--resolution big: expected a side"),
         "too small": (["torchvision:vgg11", "--resolution", "8"], "cannot cut a VGG: it does not run on images"),
@@ -72,6 +80,13 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "not finite": ([source, "--weights", f"{tmp_path}/nan.safetensors"], "the test loss of new is nan"),
         "pickle": ([source, "--weights", f"{tmp_path}/trap.pt"], "holds no weights that can be read safely"),
         "cut off": ([source, "--weights", f"{tmp_path}/cut.safetensors"], "holds no weights that can be read safely"),
+        "whole numbers": (
+            [source, "--weights", f"{tmp_path}/whole.pt"],
+            r"of another kind: head\.weight whole numbers instead of floating-point",
+        ),
+        "complex": ([source, "--weights", f"{tmp_path}/complex.pt"], "head.bias complex instead of floating-point"),
+        "no values": ([source, "--weights", f"{tmp_path}/meta.pt"], "head.bias without values instead of"),
+        "sparse": ([source, "--weights", f"{tmp_path}/sparse.pt"], "head.weight sparse or quantised instead of"),
         "no dict": ([source, "--weights", f"{tmp_path}/list.pt"], "holds a list, not only named tensors"),
     }
 
@@ -79,7 +94,8 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
 CASES = [
     "form", "no such model", "no such file", "no such function", "syntax", "factory fails", "no module", "untraceable",
     "position", "no position", "classes", "outputs", "mean alone", "two means", "std 0", "no number", "resolution",
-    "too small", "no weights", "keys", "not finite", "pickle", "cut off", "no dict",
+    "too small", "no weights", "keys", "not finite", "pickle", "cut off", "no dict", "mean of bytes", "exits", "huge",
+    "whole numbers", "complex", "no values", "sparse",
 ]  # fmt: skip
 
 

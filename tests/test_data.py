@@ -206,8 +206,13 @@ def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
         ({"y_train": np.zeros(5, np.int64)}, r"expected 6 integer labels, found int64 \(5,\)"),
         ({"y_test": np.zeros(3)}, "expected 3 integer labels, found float64"),
         ({"y_test": np.array([0, 1, 3])}, "the test split has label 3, but the largest training label is 2"),
-        ({"y_train": np.array([0, 1, 2, 0, 1, -1])}, "expected labels from 0, found -1"),
+        ({"y_train": np.array([0, 1, 2, 0, 1, -1])}, "expected labels from 0 to at most 99999, found -1"),
+        ({"y_train": np.array([0, 1, 2, 0, 1, 2**63], np.uint64)}, "to at most 99999, found 9223372036854775808"),
         ({"x_test": np.zeros((3, 9, 9), np.uint8)}, r"training images are \(8, 8, 3\), test images \(9, 9, 3\)"),
+        (
+            {"x_train": np.zeros((6, 32, 32), np.uint8), "x_test": np.zeros((3, 28, 28), np.uint8)},
+            r"training images are \(32, 32\), test images \(28, 28\)",
+        ),
         ({"x_test": np.zeros((0, 8, 8), np.uint8), "y_test": np.zeros(0, np.int64)}, "at least one image"),
     ],
 )
@@ -227,6 +232,9 @@ def test_npz_files_that_cannot_be_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(DataError, match="cannot be read as npz without pickles"):
         load_dataset(f"npz:{path}", Path("unused"))
+    np.save(tmp_path / "single.npy", np.zeros(3))
+    with pytest.raises(DataError, match="is a single array: expected an npz file"):
+        load_dataset(f"npz:{tmp_path / 'single.npy'}", Path("unused"))
     np.savez(path, **arrays(y_train=np.array([Bomb()] * 6, dtype=object)))
     with pytest.raises(DataError, match="cannot be read as npz without pickles"):
         load_dataset(f"npz:{path}", Path("unused"))

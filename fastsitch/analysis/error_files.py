@@ -3,7 +3,7 @@
 import zipfile
 import zlib
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from fastsitch.sweep.results import Run
 
 SPLITS = ("train", "test")
 """The images that errors are means over."""
+
+_ARRAYS = (*MEASURES, "variance")
 
 _REMEDY = "measure them with fastsitch.measure_errors(run)"
 
@@ -43,8 +45,9 @@ def read_errors(
     found = []
     for own in run.config.seeds if seed is None else [seed]:
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=own)
-        found.append(asdict(load_errors(run, unit)[split]))
-    return StitchErrors(**{name: np.mean([errors[name] for errors in found], axis=0) for name in found[0]})
+        found.append(load_errors(run, unit)[split])
+    means = {name: np.mean([getattr(errors, name) for errors in found], axis=0) for name in _ARRAYS}
+    return replace(found[0], **means)
 
 
 def run_errors(run: Run, split: str = "train") -> dict[tuple[str, str, str], StitchErrors]:
@@ -55,11 +58,12 @@ def run_errors(run: Run, split: str = "train") -> dict[tuple[str, str, str], Sti
 def load_errors(run: Run, unit: Unit) -> dict[str, StitchErrors]:
     """The errors of a unit by split; raises RunError when there are none, or the file is damaged or stale."""
     path = _file(run, unit)
+    asked = run.read(unit)["status"] > 0
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             named, stitches_hash = str(file["unit"]), str(file["stitches_hash"])
             errors = {
-                split: StitchErrors(**{name: file[f"{name}_{split}"] for name in (*MEASURES, "variance")})
+                split: StitchErrors(**{name: file[f"{name}_{split}"] for name in _ARRAYS}, asked=asked)
                 for split in SPLITS
             }
     except FileNotFoundError:
@@ -82,7 +86,7 @@ def save_errors(
         _file(run, unit),
         {
             **{name: np.array(value) for name, value in provenance.items()},
-            **{f"{name}_{split}": values for split, own in errors.items() for name, values in asdict(own).items()},
+            **{f"{name}_{split}": getattr(own, name) for split, own in errors.items() for name in _ARRAYS},
         },
     )
 

@@ -1,6 +1,6 @@
 """How far the representations of stitches lie from the expected ones, and from each other."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +26,11 @@ class StitchErrors:
     """Between the matched stitch's representation and the vanilla stitch's."""
     variance: Matrix
     """Of the expected representation about its mean in each channel, a mean over channels (receiver positions,)."""
+    asked: NDArray[np.bool_] | None = None
+    """The cells that the run was asked for; None: all."""
 
     def normalised(self) -> "StitchErrors":
         """The errors over the variance of the expected representation; NaN where that does not vary."""
         scale = np.where(self.variance > 0, self.variance, np.nan)
-        return StitchErrors(EV=self.EV / scale, ES=self.ES / scale, SV=self.SV / scale, variance=self.variance / scale)
+        scaled = {name: getattr(self, name) / scale for name in (*MEASURES, "variance")}
+        return replace(self, **scaled)

@@ -93,16 +93,13 @@ def colours(entry: Entry) -> dict[str, str]:
 
 
 def _cells(errors: StitchErrors, *, diagonal: bool, normalised: bool) -> NDArray[np.float64]:
-    """The three measures (3, cells) of one unit, without cells that have none: those were not asked for."""
-    asked = ~np.isnan(_stacked(errors, diagonal=diagonal)).all(0)
-    return _stacked(errors.normalised() if normalised else errors, diagonal=diagonal)[:, asked]
-
-
-def _stacked(errors: StitchErrors, *, diagonal: bool) -> NDArray[np.float64]:
-    matrices = np.stack([getattr(errors, measure) for measure in MEASURES])
+    """The three measures (3, cells) of the cells of one unit that were asked for."""
+    own = errors.normalised() if normalised else errors
+    matrices = np.stack([getattr(own, measure) for measure in MEASURES])
+    counts = np.ones(matrices.shape[1:], bool) if own.asked is None else own.asked
     if diagonal:
-        return np.asarray(np.diagonal(matrices, axis1=1, axis2=2))
-    return matrices.reshape(len(MEASURES), -1)
+        return np.asarray(np.diagonal(matrices, axis1=1, axis2=2))[:, np.diagonal(counts)]
+    return np.asarray(matrices[:, counts])
 
 
 def _statistics(cells: NDArray[np.float64]) -> dict[str, dict[str, float]]:

@@ -18,6 +18,10 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 """Images uint8 (N, H, W, 3) and labels int64 (N,)."""
 
 
+MAX_LABEL = 99_999
+"""There are as many classes as the largest training label says, and a network has an output for each."""
+
+
 def read_idx(folder: Path, prefix: str) -> Arrays:
     """Images and labels of one split in MNIST's IDX format, plain or gzipped; raises DataError."""
     images = read_idx_array(folder, f"{prefix}-images-idx3-ubyte", 3)
@@ -90,7 +94,10 @@ def read_npz(path: Path) -> tuple[Arrays, Arrays]:
     if not path.is_file():
         raise DataError(f"{path} does not exist: expected an npz file with x_train, y_train, x_test and y_test")
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream:
+            file = np.load(stream, allow_pickle=False)
+            if not isinstance(file, np.lib.npyio.NpzFile):
+                raise DataError(f"{path} is a single array: expected an npz file with x_train, y_train, x_test, y_test")
             arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     except KeyError as error:
         raise DataError(f"{path} lacks an array ({error.args[0]}): expected x_train, y_train, x_test, y_test") from None
@@ -98,6 +105,9 @@ def read_npz(path: Path) -> tuple[Arrays, Arrays]:
         raise DataError(f"{path} cannot be read as npz without pickles ({error})") from None
     train = checked(arrays["x_train"], arrays["y_train"], f"{path}, training split")
     test = checked(arrays["x_test"], arrays["y_test"], f"{path}, test split")
+    first, second = (arrays[name].shape[1:3] for name in ("x_train", "x_test"))
+    if padding(*first) != padding(*second):
+        raise DataError(f"{path}: training images are {first}, test images {second}: expected one size")
     return train, test
 
 
@@ -117,8 +127,9 @@ def checked(images: NDArray[Any], labels: NDArray[Any], what: str) -> Arrays:
         raise DataError(f"{what}: expected {len(images)} integer labels, found {labels.dtype} {labels.shape}")
     if len(images) == 0:
         raise DataError(f"{what}: expected at least one image, found none")
-    if labels.min() < 0:
-        raise DataError(f"{what}: expected labels from 0, found {labels.min()}")
+    if labels.min() < 0 or labels.max() > MAX_LABEL:
+        wrong = labels.min() if labels.min() < 0 else labels.max()
+        raise DataError(f"{what}: expected labels from 0 to at most {MAX_LABEL}, found {wrong}")
     if images.ndim == 3:
         images = images[..., None]
     if images.shape[-1] == 1:

@@ -21,6 +21,8 @@ from fastsitch.networks.names import NetworkName
 from fastsitch.networks.training import evaluate_network
 from fastsitch.root import Root
 
+_MAX_SIDE = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class NewNetwork:
@@ -47,8 +49,10 @@ class NewNetwork:
             )
         if self.classes is not None and self.classes < 1:
             raise ConfigError(f"--classes {self.classes}: expected at least 1")
-        if self.resolution is not None and min(self.resolution) < 1:
-            raise ConfigError(f"--resolution {self.resolution[0]}x{self.resolution[1]}: expected at least 1x1")
+        if self.resolution is not None and not 1 <= min(self.resolution) <= max(self.resolution) <= _MAX_SIDE:
+            raise ConfigError(
+                f"--resolution {self.resolution[0]}x{self.resolution[1]}: expected sides from 1 to {_MAX_SIDE}"
+            )
 
 
 def add_network(

@@ -34,10 +34,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except OSError as error:
         raise NetworkError(f"--weights {path} cannot be read ({error.strerror or error})") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # torch's own words advise to unpickle whatever there is
         raise NetworkError(
-            f"--weights {path} holds no weights that can be read safely ({reason}): expected safetensors, or a state "
-            "dict saved by torch.save; nothing else in a file is ever unpickled"
+            f"--weights {path} holds no weights that can be read safely ({type(error).__name__}): expected "
+            "safetensors, or a state dict saved by torch.save; nothing else in a file is ever unpickled"
         ) from None
     for key in _NESTS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -54,7 +54,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:
-    """Put weights into a module; raises NetworkError that lists missing, unexpected and misshapen keys.
+    """Put weights into a module; raises NetworkError that lists missing, unexpected and misshapen keys,
+    and those of another kind of numbers.
 
     The counters of BatchNorm, which older checkpoints lack, may be missing.
     """
@@ -66,11 +67,25 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: Path)
         for key, own in wanted.items()
         if key in weights and weights[key].shape != own.shape
     ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    other = [
+        f"{key} {_kind(weights[key])} instead of {_kind(own)}"
+        for key, own in wanted.items()
+        if key in weights and _kind(weights[key]) != _kind(own)
+    ]
+    kinds = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen), ("of another kind", other))
     wrong = [f"{kind}: {_listed(keys)}" for kind, keys in kinds if keys]
     if wrong:
         raise NetworkError(f"--weights {origin} does not fit the network: {'; '.join(wrong)}")
     module.load_state_dict({**wanted, **weights})
+
+
+def _kind(tensor: Tensor) -> str:
+    """Numbers of one kind are converted to the dtype of the network, those of another are not."""
+    if tensor.is_meta:
+        return "without values"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "sparse or quantised"
+    return "complex" if tensor.is_complex() else "floating-point" if tensor.is_floating_point() else "whole numbers"
 
 
 def _listed(keys: Sequence[str]) -> str:

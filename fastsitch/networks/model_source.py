@@ -70,7 +70,7 @@ class ModelSource:
         if found != self.file_hash:
             raise NetworkError(
                 f"{path} has changed since the network was added (its sha256 begins with {found[:8]}, not with "
-                f"{(self.file_hash or '')[:8]}): restore it, or add the network again with --force"
+                f"{(self.file_hash or '')[:8]}): restore it, or add the network and train it, both again with --force"
             )
         factory = getattr(_imported(path, content, found), name, None)
         if not callable(factory):
@@ -147,7 +147,8 @@ def _failures_named(text: str) -> Iterator[None]:
         yield
     except NetworkError:
         raise
-    except Exception as error:
+    # an exit or an interrupt of the code's own is a failure too
+    except (Exception, SystemExit) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise NetworkError(
             f"{text} cannot be built: {type(error).__name__} in {frame.filename}:{frame.lineno}: {first_line(error)}"

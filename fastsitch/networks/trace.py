@@ -130,6 +130,6 @@ def _line(error: Exception) -> str:
     return ""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error of somebody else's code says, in one line."""
     return (str(error).strip() or "no reason given").splitlines()[0]

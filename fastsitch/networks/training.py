@@ -177,7 +177,10 @@ def train_network(
             log.info("%s is trained already (accuracy %.4f)", name, existing.accuracy)
             return existing
         on_device = dataset.to(device)
-        network = draft.build().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        module = draft.build()
+        if not any(own.requires_grad for own in module.parameters()):
+            raise NetworkError(f"{name} has no weights that can be trained: expected some that require gradients")
+        network = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         fit_network(network, on_device, draft.transform, name, recipe, device, report)
         accuracy, loss = evaluate_network(network, on_device.test, draft.transform)
         if loss != loss or loss == float("inf"):
@@ -232,7 +235,7 @@ def fit_network(
     steps = recipe.epochs * steps_per_epoch
     warmup = max(1, round(recipe.warmup * steps))
     optimizer = torch.optim.SGD(
-        chain.parameters(),
+        [own for own in chain.parameters() if own.requires_grad],
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
