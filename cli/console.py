@@ -34,6 +34,7 @@ class Progress:
         self._terminal = sys.stderr.isatty()
         self._began = time.monotonic()
         self._first: float | None = None
+        self._total = 0.0
         self._drawn = 0.0
         self._text = ""
 
@@ -54,10 +55,10 @@ class Progress:
         self._began, self._first, self._drawn = time.monotonic(), None, 0.0
 
     def update(self, done: float, total: float, note: str = "") -> None:
-        """Show that ``done`` of ``total`` is finished; rate and time left count from the first call."""
+        """Show that ``done`` of ``total`` is finished; rate and time left count from the first call of each total."""
         now = time.monotonic()
-        if self._first is None:
-            self._first = done
+        if self._first is None or total != self._total:
+            self._began, self._first, self._total = now, done, total
         if now - self._drawn < (0.1 if self._terminal else _PLAIN_INTERVAL):
             return
         self._drawn = now
