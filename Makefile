@@ -27,7 +27,7 @@ fix: $(READY)
 paper-small paper-medium: paper-%: $(READY)
 	$(BIN)/fastsitch paper --scale $* --root paper-$*/fastsitch-data --out paper-$*
 
-# three families of networks, stitched with each other: docs/families.md
+# three families of networks, stitched with each other
 NAMES := R1111,mobilenet,vit
 PLACE := --root families/fastsitch-data
 families: $(READY)

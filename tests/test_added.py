@@ -145,7 +145,7 @@ def test_networks_of_torchvision_and_timm_are_added_by_name(tmp_path: Path, run_
 
 
 def test_three_families_are_stitched_with_each_other(few: str, run_here: RunHere, tmp_path: Path) -> None:
-    """Maps and tokens, by the commands alone; the transformer is that of docs/families.md."""
+    """Maps and tokens, by the commands alone; the transformer is that of docs/families/vit.py."""
     vit = Path(__file__).parents[1] / "docs" / "families" / "vit.py"
     names, data = "R1111,resnet18,vit", ["--dataset", few]
     small = [*data, "--batch-size", "16", "--epochs", "1"]
