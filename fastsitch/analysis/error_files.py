@@ -58,14 +58,10 @@ def run_errors(run: Run, split: str = "train") -> dict[tuple[str, str, str], Sti
 def load_errors(run: Run, unit: Unit) -> dict[str, StitchErrors]:
     """The errors of a unit by split; raises RunError when there are none, or the file is damaged or stale."""
     path = _file(run, unit)
-    asked = run.read(unit)["status"] > 0
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             named, stitches_hash = str(file["unit"]), str(file["stitches_hash"])
-            errors = {
-                split: StitchErrors(**{name: file[f"{name}_{split}"] for name in _ARRAYS}, asked=asked)
-                for split in SPLITS
-            }
+            arrays = {split: {name: file[f"{name}_{split}"] for name in _ARRAYS} for split in SPLITS}
     except FileNotFoundError:
         raise RunError(f"the errors of unit {unit.name} are not measured yet: {_REMEDY}") from None
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -74,7 +70,8 @@ def load_errors(run: Run, unit: Unit) -> dict[str, StitchErrors]:
         raise RunError(f"{path} holds unit {named}: {_REMEDY}")
     if stitches_hash != run.stitches_hash(unit):
         raise RunError(f"{path} belongs to other stitches than those of the run: {_REMEDY}")
-    return errors
+    asked = run.read(unit)["status"] > 0
+    return {split: StitchErrors(**own, asked=asked) for split, own in arrays.items()}
 
 
 def save_errors(
