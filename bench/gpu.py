@@ -1,9 +1,10 @@
-"""Everything that needs CUDA, in one go: make gpu [ARGS="--json FILE"].
+"""Everything that needs CUDA, in one go: make gpu [ARGS="--json FILE --stages kernels,bench"].
 
 First the kernels by themselves (bench/gpu_kernels.py). Then the real thing: train, precompute and sweep on the GPU,
 with torch and eager blocks and with Triton and compiled ones, and the same sweep on the CPU from the same networks and
 store; the matrices are compared. Then an epoch in torch's sync debug mode, where waiting for the GPU is an error, and
-a step as a CUDA graph beside the plain one. Ends with 2 on a machine without CUDA, with 1 when a comparison fails.
+a step as a CUDA graph beside the plain one. Last `fastsitch bench --peers` at the width of the published study. Ends
+with 2 on a machine without CUDA, with 1 when a comparison fails.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import fastsitch
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.resident import ResidentSource
 from fastsitch.activations.store import ActivationStore
+from fastsitch.cli.bench import sections
 from fastsitch.machine import versions
 from fastsitch.networks.checkpoint import load_network
 from fastsitch.networks.compiled import compile_blocks
@@ -145,32 +147,53 @@ def kernels() -> dict[str, Any]:
     return {"exit_code": ended.returncode, "ok": ended.returncode == 0, "result": found}
 
 
+def bench(root: Path) -> dict[str, Any]:
+    """The benchmark at the published width: ceilings, a step in its parts, and other ways to train the same cells."""
+    result = fastsitch.bench(
+        width=64, batch_size=256, group_sizes=(5, 25, 100), repeats=3, peers=True, root=root, device="cuda"
+    )
+    print("\n\n".join(sections(result)), flush=True)
+    return {"ok": True, "result": result.to_dict()}
+
+
 def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        stages: dict[str, Callable[[], dict[str, Any]]] = {
+            "kernels": kernels,
+            "end_to_end": lambda: end_to_end(root),
+            # in the folder of end_to_end
+            "one_epoch": lambda: one_epoch(root),
+            "bench": lambda: bench(root),
+        }
+        return run(stages)
+
+
+def run(stages: dict[str, Callable[[], dict[str, Any]]]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=Path("bench/results/gpu.json"))
+    parser.add_argument("--stages", default=",".join(stages), help="some of them, separated by commas")
     options = parser.parse_args()
+    chosen = options.stages.split(",")
+    if unknown := set(chosen) - set(stages):
+        parser.error(f"--stages: unknown {', '.join(sorted(unknown))}; expected some of {', '.join(stages)}")
     if not torch.cuda.is_available():
         sys.stderr.write("make gpu: expected a CUDA device, found none; make test covers what can be tested without\n")
         return 2
     result: dict[str, Any] = {"device": torch.cuda.get_device_name(), "versions": versions()}
-    with tempfile.TemporaryDirectory() as folder:
-        stages: dict[str, Callable[[], dict[str, Any]]] = {
-            "kernels": kernels,
-            "end_to_end": lambda: end_to_end(Path(folder)),
-            "one_epoch": lambda: one_epoch(Path(folder)),
-        }
-        for name, stage in stages.items():
-            start = time.perf_counter()
-            try:
-                result[name] = stage()
-            except RuntimeError as error:
-                # what the other stages found is worth keeping
-                result[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
-            result[name]["wall_seconds"] = time.perf_counter() - start
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps({name: result[name] for name in ("end_to_end", "one_epoch")}, indent=1))
-    return 0 if all(result[name]["ok"] for name in stages) else 1
+    for name in chosen:
+        start = time.perf_counter()
+        try:
+            result[name] = stages[name]()
+        except RuntimeError as error:
+            # what the other stages found is worth keeping
+            result[name] = {"ok": False, "error": f"{type(error).__name__}: {error}"}
+        result[name]["wall_seconds"] = time.perf_counter() - start
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    brief = [name for name in ("end_to_end", "one_epoch") if name in chosen]
+    print(json.dumps({name: result[name] for name in brief}, indent=1))
+    return 0 if all(result[name]["ok"] for name in chosen) else 1
 
 
 if __name__ == "__main__":

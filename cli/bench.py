@@ -74,13 +74,14 @@ def bench(
             device=device,
             report=report,
         )
-    typer.echo("\n\n".join(_sections(result)))
+    typer.echo("\n\n".join(sections(result)))
     if json is not None:
         write_json(json, result.to_dict())
         typer.echo(f"\nall figures: {json}")
 
 
-def _sections(result: BenchResult) -> list[str]:
+def sections(result: BenchResult) -> list[str]:
+    """A benchmark as tables for the terminal."""
     sections = [_machine(result), _checks(result), _ceilings(result), _groups(result), _parts(result)]
     if result.peers:
         sections.append(_peers(result))
