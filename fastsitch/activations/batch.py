@@ -19,12 +19,22 @@ class Batch:
 
     def __init__(self, stacks: Mapping[Shape, Tensor], index: Tensor, labels: Tensor) -> None:
         self.labels = labels
-        self._stacks = stacks
-        self._index = index
+        self.stacks = stacks
+        self.index = index
         self._features: dict[tuple[Shape, int] | Alignment, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def place(self) -> object:
+        """Equal for batches of the same size that lie in the same memory."""
+        stacks = tuple((shape, x.dtype, x.shape, x.stride(), x.data_ptr()) for shape, x in self.stacks.items())
+        return len(self), stacks
+
+    def of(self, index: Tensor, labels: Tensor) -> "Batch":
+        """Other images of the same representations."""
+        return Batch(self.stacks, index, labels)
 
     def values(self, shape: Shape, place: int) -> Tensor:
         """The rows (B, H, W, C) at one position, the ``place``-th of those of this shape; all tokens are among them."""
@@ -38,11 +48,11 @@ class Batch:
         ratio in this step.
         """
         if kernel == "triton":
-            return grid_rows(self._stacks[shape], shape), self._index, down
+            return grid_rows(self.stacks[shape], shape), self.index, down
         key = (shape, down)
         if key not in self._features:
             if down == 1:
-                self._features[key] = grid_rows(self._stacks[shape], shape).index_select(1, self._index)
+                self._features[key] = grid_rows(self.stacks[shape], shape).index_select(1, self.index)
             else:
                 self._features[key] = space_to_depth(self.operand(shape, 1, kernel)[0], down)
         return self._features[key], None, 1
@@ -58,5 +68,5 @@ class Batch:
         # without prefix tokens the same as the operand of ratio 1
         key = (shape, 1 if len(shape) < 4 else 0)
         if key not in self._features:
-            self._features[key] = self._stacks[shape].index_select(1, self._index)
+            self._features[key] = self.stacks[shape].index_select(1, self.index)
         return self._features[key]

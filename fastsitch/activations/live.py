@@ -1,6 +1,6 @@
 """A sender that runs again for every batch: nothing is stored, and every epoch can show other views of the images."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,7 @@ class LiveSplit:
         self.shapes: Sequence[Shape] = [position.rows for position in sender.positions]
         self.labels = split.labels.to(sender.device)
         self.ids = torch.arange(len(split), device=sender.device)
+        self._kept: Mapping[Shape, Tensor] = {}
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -59,21 +60,30 @@ class LiveSplit:
         """
         permutation = order.epoch(epoch, len(self)).to(self.labels.device)
         views = self._views(order.seed, epoch) if augment else None
-        for start in range(0, len(self) - images + 1, images):
-            part = slice(start, start + images)
-            yield self._batch(permutation[part], None if views is None else views[part])
+        # all batches in the same memory, that of the last pass if it has the size; two passes never share it
+        stacks, self._kept = self._kept, {}
+        if stacks and next(iter(stacks.values())).shape[1] != images:
+            stacks = {}
+        try:
+            for start in range(0, len(self) - images + 1, images):
+                part = slice(start, start + images)
+                batch = self._batch(permutation[part], None if views is None else views[part], stacks)
+                stacks = batch.stacks
+                yield batch
+        finally:
+            self._kept = stacks
 
     def in_order(self, images: int) -> Iterator[Batch]:
         """All images once, as they are, in the order of the data set; the last batch may be smaller."""
         for index in torch.split(self.ids, images):
-            yield self._batch(index, None)
+            yield self._batch(index, None, {})
 
     def _views(self, seed: int, epoch: int) -> Views:
         _, height, width, _ = self._images.shape
         return Views.draw(len(self), height, width, torch_generator("views", seed, epoch))
 
-    def _batch(self, index: Tensor, views: Views | None) -> Batch:
-        stacks = stack_positions(self.positions, self.represent(index, views))
+    def _batch(self, index: Tensor, views: Views | None, into: Mapping[Shape, Tensor]) -> Batch:
+        stacks = stack_positions(self.positions, self.represent(index, views), into)
         return Batch(stacks, torch.arange(len(index), device=index.device), self.labels.index_select(0, index))
 
 

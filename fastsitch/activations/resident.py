@@ -1,6 +1,6 @@
 """A sender's representations held in device memory."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -107,12 +107,19 @@ class ResidentSource:
         )
 
 
-def stack_positions(positions: Sequence[Position], representations: Sequence[Tensor]) -> dict[Shape, Tensor]:
-    """The rows of raw representations at all positions, stacked per shape: (S, N, H, W, C) for maps."""
+def stack_positions(
+    positions: Sequence[Position], representations: Sequence[Tensor], into: Mapping[Shape, Tensor] | None = None
+) -> dict[Shape, Tensor]:
+    """The rows of raw representations at all positions, stacked per shape: (S, N, H, W, C) for maps.
+
+    They are written ``into`` the tensors of an earlier call for as many images, where those are given.
+    """
     shapes = [position.rows for position in positions]
     rows = [position.to_rows(x) for position, x in zip(positions, representations, strict=True)]
     return {
-        shape: torch.stack([x for x, own in zip(rows, shapes, strict=True) if own == shape])
+        shape: torch.stack(
+            [x for x, own in zip(rows, shapes, strict=True) if own == shape], out=into[shape] if into else None
+        )
         for shape in dict.fromkeys(shapes)
     }
 

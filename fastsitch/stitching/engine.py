@@ -21,6 +21,7 @@ from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.geometry import DEFAULT_RULES, Rules
 from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.preconditioner import Preconditioner
+from fastsitch.stitching.recorded import RecordedStep
 from fastsitch.stitching.schedule import stitch_schedule
 
 Drawn = TypeVar("Drawn")
@@ -215,12 +216,14 @@ def _train(
 ) -> Tensor:
     """Train in place; return the mean loss of each cell over the last epoch (K,), on the device."""
     cascade = Cascade(receiver, bank.counts, recipe.batch_size)
+    optimizer = stitch_optimizer(bank, recipe)
     return train_epochs(
         bank,
         recipe,
         len(split),
         lambda epoch: split.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment),
-        lambda batch, optimizer: train_step(cascade, bank, batch, optimizer, preconditioner),
+        RecordedStep(lambda batch: train_step(cascade, bank, batch, optimizer, preconditioner), receiver.device),
+        optimizer,
         report,
     )
 
@@ -230,13 +233,14 @@ def train_epochs(
     recipe: TrainingRecipe,
     images: int,
     batches: Callable[[int], Iterable[Drawn]],
-    step: Callable[[Drawn, torch.optim.Optimizer], Tensor],
+    step: Callable[[Drawn], Tensor],
+    optimizer: torch.optim.Optimizer,
     report: Callable[[StepReport], None] | None,
 ) -> Tensor:
     """Train a bank in place on so many images, whatever the loss; return its mean over the last epoch begun (K,).
 
-    ``batches(epoch)`` draws an epoch, ``step`` updates the bank on what was drawn and returns the losses (K,). Raises
-    ConfigError when there are fewer images than one batch.
+    ``batches(epoch)`` draws an epoch, ``step`` updates the bank on what was drawn, by ``optimizer``, and returns the
+    losses (K,). Raises ConfigError when there are fewer images than one batch.
     """
     steps_per_epoch = images // recipe.batch_size
     if steps_per_epoch == 0:
@@ -245,15 +249,14 @@ def train_epochs(
             f"use --batch-size {images} or less"
         )
     schedule = stitch_schedule(recipe.name, peak=recipe.lr, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)
-    optimizer = stitch_optimizer(bank, recipe)
     loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=bank.parameters.device)
     done = 0
     for epoch in range(math.ceil(schedule.steps / steps_per_epoch)):
         loss_sum.zero_()
         begun = done
         for drawn in islice(batches(epoch), schedule.steps - done):
-            optimizer.param_groups[0]["lr"] = schedule.rate(done)
-            loss_sum += step(drawn, optimizer)
+            set_rate(optimizer, schedule.rate(done))
+            loss_sum += step(drawn)
             done += 1
             if report is not None:
                 report(StepReport(len(bank.cells), done, schedule.steps, done * recipe.batch_size * len(bank.cells)))
@@ -262,14 +265,24 @@ def train_epochs(
 
 
 def stitch_optimizer(bank: StitchBank, recipe: TrainingRecipe) -> torch.optim.SGD:
-    """SGD over all parameters of a bank, in one pass over them."""
+    """SGD over all parameters of a bank, in one pass over them. On CUDA its learning rate is a tensor there."""
+    device = bank.parameters.device
     return torch.optim.SGD(
         [bank.parameters],
-        lr=recipe.lr,
+        lr=torch.tensor(recipe.lr, device=device) if device.type == "cuda" else recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
-        fused=bank.parameters.device.type in ("cpu", "cuda"),
+        fused=device.type in ("cpu", "cuda"),
     )
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Change the learning rate, in place where it is a tensor: a recorded step reads it there."""
+    (group,) = optimizer.param_groups
+    if isinstance(group["lr"], Tensor):
+        group["lr"].fill_(rate)
+    else:
+        group["lr"] = rate
 
 
 def train_step(

@@ -18,6 +18,7 @@ from fastsitch.stitching.engine import (
     TrainingRecipe,
     group_results,
     stitch_bank,
+    stitch_optimizer,
     train_epochs,
 )
 from fastsitch.stitching.geometry import DEFAULT_RULES, Rules, Shape
@@ -45,6 +46,7 @@ def regress_group(
     require_same_images(source.train, expected.train)
     bank = stitch_bank(receiver, source, cells, kernel, rules)
     regression = Regression(bank, expected.shapes, recipe.batch_size)
+    optimizer = stitch_optimizer(bank, recipe)
 
     def draw(source: Source, epoch: int) -> Iterable[Batch]:
         return source.train.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment)
@@ -54,7 +56,8 @@ def regress_group(
         recipe,
         len(source.train),
         lambda epoch: zip(draw(source, epoch), draw(expected, epoch), strict=True),
-        lambda drawn, optimizer: regression.step(*drawn, optimizer),
+        lambda drawn: regression.step(*drawn, optimizer),
+        optimizer,
         report,
     )
     return group_results(receiver, source, bank, train_loss, {}, images=recipe.batch_size)

@@ -1,0 +1,70 @@
+"""Training steps that are recorded once and replayed, where the device can do that."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsitch.activations.batch import Batch
+from fastsitch.kernels.record import record
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 3
+"""Steps that run as they are: they compile, allocate what lasts, and make the optimizer's state."""
+
+Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+"""record(work): a replay, and the tensor into which it writes what ``work`` returns."""
+
+
+class RecordedStep:
+    """A training step that is replayed from a recording after its first calls; elsewhere than on CUDA, as it is.
+
+    A step launches hundreds of kernels, many of which take less time than Python takes to launch them. The recording
+    reads batches where they lie in memory: those of a resident or streamed source always lie in the same place. A batch
+    that lies elsewhere is trained on without it, and a step that cannot be recorded never is. Whatever changes from
+    step to step, such as the learning rate, has to be a tensor on the device. The losses that a call returns are
+    overwritten by the next one.
+    """
+
+    def __init__(self, step: Callable[[Batch], Tensor], device: torch.device, record: Record | None = None) -> None:
+        self._step = step
+        self._record = _recorder(device) if record is None else record
+        self._replay: Callable[[Batch], Tensor] | None = None
+        self._place: object = None
+        self._calls = 0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        if self._record is None:
+            return self._step(batch)
+        if batch.place != self._place:
+            self._place, self._calls, self._replay = batch.place, 0, None
+        self._calls += 1
+        if self._calls == WARM_UP + 1:
+            self._replay = self._recorded(batch)
+        return self._step(batch) if self._replay is None else self._replay(batch)
+
+    def _recorded(self, batch: Batch) -> Callable[[Batch], Tensor] | None:
+        assert self._record is not None
+        index, labels = batch.index.clone(), batch.labels.clone()
+        step = self._step
+        try:
+            # without this object, which will hold the replay: memory goes with the last reference, not at some time
+            replay, loss = self._record(lambda: step(batch.of(index, labels)))
+        except RuntimeError as error:
+            log.info("steps are not recorded as a CUDA graph (%s)", str(error).strip().split("\n")[0])
+            self._record = None
+            return None
+
+        def run(batch: Batch) -> Tensor:
+            index.copy_(batch.index)
+            labels.copy_(batch.labels)
+            replay()
+            return loss
+
+        return run
+
+
+def _recorder(device: torch.device) -> Record | None:
+    return (lambda work: record(work, device)) if device.type == "cuda" else None

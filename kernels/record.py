@@ -1,0 +1,35 @@
+"""Work on a GPU as a CUDA graph: all its kernels are launched at once, which Python launches one by one."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+Result = TypeVar("Result")
+
+
+def record(work: Callable[[], Result], device: torch.device) -> tuple[Callable[[], None], Result]:
+    """Record what ``work`` launches on a CUDA device; returns a replay, and what ``work`` returned.
+
+    Nothing is computed while recording. Every replay reads and writes the memory that was used in the recording, and
+    overwrites the result; ``work`` lives as long as the replay, and with it the tensors that it holds. Run it before,
+    so that everything is compiled and what lasts is allocated. Raises RuntimeError when ``work`` waits for the device;
+    what was recorded until then has not run.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize(device)
+        # what the cache holds for temporary tensors would be held a second time by the graph
+        torch.cuda.empty_cache()
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+            # other threads copy to the device meanwhile
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
+
+    def replay(kept: object = work) -> None:
+        graph.replay()
+
+    return replay, result
