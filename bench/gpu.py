@@ -2,9 +2,10 @@
 
 First the kernels by themselves (bench/gpu_kernels.py). Then the real thing: train, precompute and sweep on the GPU,
 with torch and eager blocks and with Triton and compiled ones, and the same sweep on the CPU from the same networks and
-store; the matrices are compared. Then an epoch in torch's sync debug mode, where waiting for the GPU is an error, and
-a step as a CUDA graph beside the plain one. Last `fastsitch bench --peers` at the width of the published study. Ends
-with 2 on a machine without CUDA, with 1 when a comparison fails.
+store; the matrices are compared. Then the same sweeps with recorded steps and with plain ones, which have to agree to
+the bit, an epoch in torch's sync debug mode, where waiting for the GPU is an error, and the time of a step, plain and
+recorded, and by the images in a compiled call. Last `fastsitch bench --peers` at the width of the published study.
+Ends with 2 on a machine without CUDA, with 1 when a comparison fails.
 """
 
 import argparse
@@ -13,9 +14,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -24,8 +28,11 @@ import fastsitch
 from fastsitch.activations.order import ImageOrder
 from fastsitch.activations.resident import ResidentSource
 from fastsitch.activations.store import ActivationStore
+from fastsitch.benchmark.ours import Engine
+from fastsitch.benchmark.problem import make_problem
 from fastsitch.cli.bench import sections
-from fastsitch.machine import versions
+from fastsitch.kernels.record import record
+from fastsitch.machine import configure, versions
 from fastsitch.networks.checkpoint import load_network
 from fastsitch.networks.compiled import compile_blocks
 from fastsitch.networks.frozen import FrozenNetwork
@@ -35,6 +42,7 @@ from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import stitch_optimizer, train_step
+from fastsitch.stitching.recorded import WARM_UP, RecordedStep
 from fastsitch.sweep.config import STITCH_RECIPES
 
 MEAN_BOUND, CELL_BOUND = 0.01, 0.06
@@ -67,10 +75,16 @@ def sweep(name: str, root: Path) -> tuple[np.ndarray, float]:
         return file["accuracy"], seconds
 
 
-def end_to_end(root: Path) -> dict[str, Any]:
-    """Train and precompute on the GPU, sweep in all three ways, compare with the CPU."""
+def prepare(root: Path) -> dict[str, Any]:
+    """Two networks and the store of one, made on the GPU; they are kept. The accuracies of the networks."""
     records = fastsitch.train("R1111", "R1112", dataset="fashion-mini", width=16, epochs=5, root=root, device="cuda")
     fastsitch.precompute("R1111", dataset="fashion-mini", root=root, device="cuda")
+    return {record.name: record.accuracy for record in records}
+
+
+def end_to_end(root: Path) -> dict[str, Any]:
+    """Train and precompute on the GPU, sweep in all three ways, compare with the CPU."""
+    accuracies = prepare(root)
     matrices, ways = {}, {}
     for name in WAYS:
         matrices[name], seconds = sweep(name, root)
@@ -84,14 +98,80 @@ def end_to_end(root: Path) -> dict[str, Any]:
             "ok": mean <= MEAN_BOUND and largest <= CELL_BOUND,
         }
     return {
-        "network_accuracy": {record.name: record.accuracy for record in records},
+        "network_accuracy": accuracies,
         "ways": ways,
         "ok": all(way["ok"] for way in ways.values()),
     }
 
 
+RECORDED: dict[str, dict[str, Any]] = {
+    "eager": {"compile": "off"},
+    "compiled": {"compile": "on"},
+    "torch kernel": {"compile": "off", "kernel": "torch"},
+    "batch statistics": {"receiver_bn": "batch"},
+    "streamed": {"compile": "off", "source": "streamed"},
+    "live": {"compile": "off", "source": "live"},
+    "autograd": {"receivers": ["vit"]},
+}
+
+
+def recorded(root: Path) -> dict[str, Any]:
+    """Sweeps whose steps are replayed beside the same ones launched kernel by kernel: their bits and seconds."""
+    prepare(root)
+    factory = Path(__file__).parents[1] / "docs" / "families" / "vit.py"
+    fastsitch.add("vit", f"{factory}:small", dataset="fashion-mini", root=root)
+    fastsitch.train("vit", dataset="fashion-mini", epochs=2, root=root, device="cuda")
+    found = {}
+    for name, options in RECORDED.items():
+        seconds, matrices, recordings = {}, {}, 0
+        for way in ("plain", "recorded"):
+            with patch_recorder(way == "recorded") as made:
+                start = time.perf_counter()
+                run = fastsitch.sweep(
+                    ["R1111"],
+                    options.get("receivers", ["R1112"]),
+                    dataset="fashion-mini",
+                    run=f"{name.replace(' ', '-')}-{way}",
+                    root=root,
+                    device="cuda",
+                    **{key: value for key, value in options.items() if key != "receivers"},
+                )
+                torch.cuda.synchronize()
+                seconds[way] = time.perf_counter() - start
+            recordings = len(made)
+            (path,) = fastsitch.export_run(run, root / "exported" / run.name)
+            with np.load(path, allow_pickle=False) as file:
+                matrices[way] = np.stack([file["accuracy"], file["loss"]])
+        found[name] = {
+            "seconds": seconds,
+            "recordings": recordings,
+            "largest_difference": float(np.abs(matrices["plain"] - matrices["recorded"]).max()),
+            "ok": bool(np.array_equal(matrices["plain"], matrices["recorded"]) and (recordings or name == "live")),
+        }
+        print(name, found[name], flush=True)
+    return {"ways": found, "ok": all(own["ok"] for own in found.values())}
+
+
+@contextmanager
+def patch_recorder(on: bool) -> Iterator[list[int]]:
+    """Steps that are recorded, or never; counts the recordings that were made."""
+    made: list[int] = []
+
+    def recorder(device: torch.device) -> Any:
+        def count(work: Callable[[], torch.Tensor]) -> Any:
+            found = record(work, device)
+            made.append(1)
+            return found
+
+        return count if on else None
+
+    with patch("fastsitch.stitching.recorded._recorder", recorder):
+        yield made
+
+
 def one_epoch(root: Path) -> dict[str, Any]:
-    """An epoch in which any synchronisation with the host is an error; then the step as a CUDA graph, timed."""
+    """An epoch in which any synchronisation with the host is an error; then the time of a step, plain and recorded."""
+    prepare(root)
     device = torch.device("cuda")
     folder, name = Root.at(root).models("fashion-mini"), NetworkName.parse("R1111")
     store = ActivationStore.open(Root.at(root).store("fashion-mini", name))
@@ -116,12 +196,12 @@ def one_epoch(root: Path) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         index = torch.arange(recipe.batch_size, device=device)
-        eager = median_seconds(lambda: train_step(cascade, bank, source.train.batch(index), optimizer))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            train_step(cascade, bank, source.train.batch(index), optimizer)
-        graphed = median_seconds(graph.replay)
-    return {"ok": True, "steps": len(batches), "step_seconds": eager, "graphed_step_seconds": graphed}
+        plain = median_seconds(lambda: train_step(cascade, bank, source.train.batch(index), optimizer))
+        step = RecordedStep(lambda batch: train_step(cascade, bank, batch, optimizer), device)
+        for batch in batches[: WARM_UP + 1]:
+            step(batch)
+        replayed = median_seconds(lambda: step(source.train.batch(index)))
+    return {"ok": True, "steps": len(batches), "step_seconds": plain, "recorded_step_seconds": replayed}
 
 
 def median_seconds(work: Callable[[], object]) -> float:
@@ -147,10 +227,38 @@ def kernels() -> dict[str, Any]:
     return {"exit_code": ended.returncode, "ok": ended.returncode == 0, "result": found}
 
 
+def micro_batches(root: Path) -> dict[str, Any]:
+    """A step at the published width by the images per compiled call."""
+    device, found = torch.device("cuda"), {}
+    configure(device)
+    for images in (2048, 1024, 512, 256):
+        with patch("fastsitch.networks.compiled.micro_batch", lambda device, images=images: images):
+            problem = make_problem(
+                "R1111",
+                "R1111",
+                width=64,
+                batch_size=256,
+                images=2048,
+                tests=256,
+                dtype=torch.bfloat16,
+                device=device,
+                kernel="triton",
+                compiled=True,
+            )
+            for seeds in (1, 4):
+                cells = [cell for seed in range(seeds) for cell in problem.cells_of(seed)]
+                engine, batches = Engine(problem, cells), problem.batches(1)
+                engine.run(batches * (WARM_UP + 1))
+                name = f"{images} images, {len(cells)} cells"
+                found[name] = median_seconds(partial(engine.run, batches))
+                print(name, found[name], flush=True)
+    return {"ok": True, "step_seconds": found}
+
+
 def bench(root: Path) -> dict[str, Any]:
     """The benchmark at the published width: ceilings, a step in its parts, and other ways to train the same cells."""
     result = fastsitch.bench(
-        width=64, batch_size=256, group_sizes=(5, 25, 100), repeats=3, peers=True, root=root, device="cuda"
+        width=64, batch_size=256, group_sizes=(5, 25, 100), peers=True, tune=True, root=root, device="cuda"
     )
     print("\n\n".join(sections(result)), flush=True)
     return {"ok": True, "result": result.to_dict()}
@@ -162,8 +270,9 @@ def main() -> int:
         stages: dict[str, Callable[[], dict[str, Any]]] = {
             "kernels": kernels,
             "end_to_end": lambda: end_to_end(root),
-            # in the folder of end_to_end
+            "recorded": lambda: recorded(root),
             "one_epoch": lambda: one_epoch(root),
+            "micro_batches": lambda: micro_batches(root),
             "bench": lambda: bench(root),
         }
         return run(stages)
@@ -191,7 +300,7 @@ def run(stages: dict[str, Callable[[], dict[str, Any]]]) -> int:
         result[name]["wall_seconds"] = time.perf_counter() - start
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
-    brief = [name for name in ("end_to_end", "one_epoch") if name in chosen]
+    brief = [name for name in ("end_to_end", "recorded", "one_epoch") if name in chosen]
     print(json.dumps({name: result[name] for name in brief}, indent=1))
     return 0 if all(result[name]["ok"] for name in chosen) else 1
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsitch.kernels.choose import choose, override_config, remember
+from fastsitch.kernels.record import record
 from fastsitch.kernels.shapes import StitchShape
 from fastsitch.kernels.tiles import TileConfig, candidates, device_limits
 
@@ -37,13 +38,16 @@ def tune(kernel: str, shape: StitchShape, device: torch.device, launch: Callable
     return best
 
 
-def median_seconds(launch: Callable[[], None], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median time of ``launch`` on the device, with a cold L2."""
+def median_seconds(
+    launch: Callable[[], None], device: torch.device, repeats: int = REPEATS, *, recorded: bool = True
+) -> float:
+    """Median time of ``launch`` on the device, with a cold L2; ``recorded``: without Python's time to launch it."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     with torch.cuda.device(device):
         for _ in range(WARM_UP):
             launch()
-        times = [_timed(launch, flush) for _ in range(repeats)]
+        once = record(launch, device)[0] if recorded else launch
+        times = [_timed(once, flush) for _ in range(repeats)]
         torch.cuda.synchronize(device)
         elapsed = sorted(begin.elapsed_time(end) for begin, end in times)
     return float(elapsed[len(elapsed) // 2]) / 1e3

@@ -53,14 +53,23 @@ def shapes_of(name: str, width: int) -> list[tuple[int, int, int]]:
     return [shape for _, shape in position_shapes(BLOCKS[name], width, (32, 32))]
 
 
-def break_gradient(monkeypatch: pytest.MonkeyPatch, j: int, change: Callable[[Tensor], object], *, exact: bool) -> None:
-    """Change the engine's gradient of the first stitch into position j, in fp64 or in all other precisions."""
+def break_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+    j: int,
+    change: Callable[[Tensor], object],
+    *,
+    exact: bool,
+    stitches: slice = slice(1),
+) -> None:
+    """Change the engine's gradient of the first stitches into position j, in fp64 or in all other precisions."""
     backward = StitchBank.backward
 
     def broken(bank: StitchBank, position: int, batch: Batch, g_KBPQD: Tensor) -> None:
         backward(bank, position, batch, g_KBPQD)
         if position == j and (g_KBPQD.dtype == torch.float64) is exact:
-            change(bank.stacks[j][0].weight_grad_KFD[0])
+            for stack in bank.stacks[j][stitches]:
+                for grad_FD in stack.weight_grad_KFD[stitches]:
+                    change(grad_FD)
 
     monkeypatch.setattr(StitchBank, "backward", broken)
 
@@ -113,7 +122,8 @@ def test_no_speed_is_reported_when_accuracies_differ(monkeypatch: pytest.MonkeyP
     assert agreed.cells == 25
     assert agreed.accuracy > 0.2
     assert agreed.largest_difference <= 0.02
-    break_gradient(monkeypatch, 3, lambda g: g.mul_(-1), exact=False)
+    # all of them: how far a single cell has come in so few steps depends on the processor's rounding
+    break_gradient(monkeypatch, 3, lambda g: g.mul_(-1), exact=False, stitches=slice(None))
     with pytest.raises(
         FailedError, match=r"no speed is reported: after 24 steps .* cell \(\d, 3\) has accuracy 0\.\d+"
     ):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastsitch.benchmark.flops import block_flops
 from fastsitch.benchmark.folded import FoldedBlock, FoldedConv, FoldedTail
+from fastsitch.benchmark.timing import at_once
 from fastsitch.networks.resnet import SmallResNet
 from fastsitch.stitching.geometry import Shape
 
@@ -102,7 +103,9 @@ class BareGroups:
         # the largest first: the others then share its data
         distinct = sorted({tuple(own) for own in counts}, key=sum, reverse=True)
         # a group of stitches into the last position alone touches no convolution
-        known = {own: BareConvolutions(chain, own, images, dtype, device, pools) for own in distinct if any(own[:-1])}
+        bare = {own: BareConvolutions(chain, own, images, dtype, device, pools) for own in distinct if any(own[:-1])}
+        with torch.no_grad():
+            known = {own: at_once(convolutions.run, device) for own, convolutions in bare.items()}
         self._groups = [known[tuple(own)] for own in counts if tuple(own) in known]
 
     @torch.no_grad()
@@ -110,7 +113,7 @@ class BareGroups:
         """So many steps of the first group, then of the next."""
         for group in self._groups:
             for _ in range(steps):
-                group.run()
+                group()
 
 
 def _input_gradient(g: Tensor, x: Tensor, conv: FoldedConv) -> None:

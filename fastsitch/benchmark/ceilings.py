@@ -1,11 +1,12 @@
 """The receiver's convolutions by themselves, block by block."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from fastsitch.benchmark.bare import BareConvolutions
-from fastsitch.benchmark.timing import Spread, alternate
+from fastsitch.benchmark.timing import Spread, alternate, at_once
 from fastsitch.networks.resnet import SmallResNet
 
 
@@ -42,11 +43,10 @@ def measure_ceiling(
     """
     assert counts[0] > 0
     bare = BareConvolutions(chain, counts, images, dtype, device)
-    bare.run()
     blocks = range(len(bare.names))
-    forward = alternate({str(k): lambda k=k: bare.forward(k) for k in blocks}, repeats, device)  # type: ignore[misc]
-    gradient = alternate({str(k): lambda k=k: bare.backward(k) for k in blocks}, repeats, device)  # type: ignore[misc]
-    whole = alternate({"all": bare.run}, repeats, device)["all"]
+    whole = alternate({"all": at_once(bare.run, device)}, repeats, device)["all"]
+    forward = alternate({str(k): at_once(partial(bare.forward, k), device) for k in blocks}, repeats, device)
+    gradient = alternate({str(k): at_once(partial(bare.backward, k), device) for k in blocks}, repeats, device)
     return Ceiling(
         width=chain.positions[0].shape[0],
         images=images,

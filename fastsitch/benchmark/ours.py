@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fastsitch.activations.batch import Batch
 from fastsitch.benchmark.one_by_one import LR, MOMENTUM, WEIGHT_DECAY, Stitches
 from fastsitch.benchmark.problem import Problem
 from fastsitch.benchmark.timing import Clock
@@ -15,6 +16,7 @@ from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.engine import evaluate, train_step
+from fastsitch.stitching.recorded import RecordedStep
 from fastsitch.sweep.plan import split_groups
 
 PARTS = (
@@ -41,19 +43,20 @@ class Engine:
         self._clock = clock
         size = len(cells) if group_size is None else group_size
         self._groups = [self._group(group) for group in split_groups(cells, size)]
+        self._steps = [self._step(*group) for group in self._groups]
 
     @torch.no_grad()
     def run(self, batches: Sequence[Tensor]) -> None:
         """One step per batch for the first group, then for the next, as a sweep goes."""
-        for cascade, bank, optimizer in self._groups:
+        for step in self._steps:
             for index in batches:
                 if self._clock is None:
-                    train_step(cascade, bank, self._problem.source.train.batch(index), optimizer)
+                    step(self._problem.source.train.batch(index))
                 else:
                     with self._clock.part("gather"):
                         batch = self._timed(self._problem.source.train.batch(index), {"operand": "gather"})
                     with self._clock.part("head, loss, rest"):
-                        train_step(cascade, bank, batch, optimizer)
+                        step(batch)
 
     def stitches(self) -> Stitches:
         """What has been learned so far."""
@@ -70,6 +73,14 @@ class Engine:
             )
             found |= dict(zip(bank.cells, accuracy.tolist(), strict=True))
         return found
+
+    def _step(self, cascade: Cascade, bank: StitchBank, optimizer: torch.optim.Optimizer) -> Callable[[Batch], Tensor]:
+        """A step of a group: as in a sweep, or one that can be taken apart."""
+
+        def step(batch: Batch) -> Tensor:
+            return train_step(cascade, bank, batch, optimizer)
+
+        return RecordedStep(step, self._problem.device) if self._clock is None else step
 
     def _group(self, cells: Sequence[Cell]) -> tuple[Cascade, StitchBank, torch.optim.Optimizer]:
         problem = self._problem
