@@ -1,5 +1,6 @@
 """The entry point: all commands, and one place where errors become lines and exit codes."""
 
+import errno
 import signal
 import sys
 import traceback
@@ -71,12 +72,34 @@ def _run() -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:
+        if error.errno not in _REFUSED or not error.filename:
+            return _unexpected(error)
+        wanted = "expected a place that can be read and written; see --root, --activations, --data-dir and --out"
+        return _fail(f"{error.filename}: {error.strerror}: {wanted}", 2)
     except Exception as error:
-        if out_of_memory(error):
-            reason = str(error).strip().split("\n")[0]
-            return _fail(f"out of memory: try a smaller --batch-size, --memory or --source streamed ({reason})", 1)
-        # a bug or a failing machine: one line, unless the traceback is wanted
-        return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
+        return _unexpected(error)
+
+
+_REFUSED = (
+    errno.ENOENT,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
+"""What the system says of places that are not as a command needs them; a full or failing disk is another matter."""
+
+
+def _unexpected(error: Exception) -> int:
+    """A bug or a failing machine: one line, unless the traceback is wanted."""
+    if out_of_memory(error):
+        reason = str(error).strip().split("\n")[0]
+        return _fail(f"out of memory: try a smaller --batch-size, --memory or --source streamed ({reason})", 1)
+    return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
 
 
 class _Interrupt(KeyboardInterrupt):

@@ -124,7 +124,7 @@ def add(
     place = Root.at(root, data_dir)
     torch_device = resolve_device(device)
     new = NewNetwork(
-        name=NetworkName.parse(name),
+        name=NetworkName.parse_new(name),
         source=ModelSource.parse(source),
         weights=None if weights is None else Path(weights),
         positions=positions,

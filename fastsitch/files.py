@@ -6,7 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BytesIO
 from pathlib import Path
 from typing import IO, Any
@@ -59,15 +59,21 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, sync it and rename it into place.
 
     After a crash ``path`` is what it was before or wholly new. The temporary name is fixed, so that a later
-    attempt overwrites what a killed one left behind.
+    attempt overwrites what a killed one left behind; one that fails leaves nothing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        # a full disk would stay full; the error itself may be that there is no such file
+        with suppress(OSError):
+            partial.unlink()
+        raise
     sync_file(path.parent)
 
 

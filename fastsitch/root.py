@@ -1,6 +1,7 @@
 """The folder that holds networks, activation stores and runs, each by data set."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def _stores(named: str | os.PathLike[str] | None, default: Path) -> Place:
     text = "" if named is None else os.fspath(named)
     if "://" in text:
         return remote_folder(text, default)
+    if re.match(r"\w+:/", text):
+        raise ConfigError(f"--activations {text}: expected a folder, or s3://BUCKET/PREFIX")
     stores = Path(text) if text else default
     if stores.exists() and not stores.is_dir():
         raise ConfigError(f"--activations {stores} is a file: expected a folder, or a name for a new one")

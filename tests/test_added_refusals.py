@@ -42,6 +42,10 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "from torch import nn\n\n\nclass Many(nn.Module):\n    def forward(self, x):\n        return {'a': x}\n\n\n"
         "def small():\n    return Many()\n"
     )
+    (tmp_path / "nowhere.py").write_text(
+        "from torch import nn\n\n\ndef small():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
+        "    nn.init.constant_(net[1].weight, float('nan'))\n    return net\n"
+    )
     (tmp_path / "other.py").write_text("def small():\n    return 3\n")
     (tmp_path / "decides.py").write_text(
         "from torch import nn\n\n\nclass Decides(nn.Module):\n    def forward(self, x):\n"
@@ -62,6 +66,7 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "position": ([source, "--positions", "body.*,legs"], "no position named legs in Net: expected some of stem"),
         "no position": ([source, "--positions", ","], "no position named for Net"),
         "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least as many"),
+        "first weights": ([f"{tmp_path}/nowhere.py:small"], r"first weights that are not finite \(1\.weight\)"),
         "outputs": ([f"{tmp_path}/dict.py:small"], r"expected logits \(B, classes\), found dict"),
         "mean alone": ([source, "--mean", "0.5"], r"--mean 0.5 --std \(none\): expected both"),
         "two means": ([source, "--mean", "0.5,0.5", "--std", "1"], "one number or three"),
@@ -117,8 +122,8 @@ def test_what_cannot_be_added_ends_with_2_one_line_and_nothing_written(
     ("name", "message"),
     [
         ("R1111", "R1111 is built in"),
-        ("r1112", "unknown network 'r1112'"),
-        ("a.b", "unknown network 'a.b'"),
+        ("r1112", "network name 'r1112': expected .* names like R1111 or ResNet18 are taken"),
+        ("a.b", "network name 'a.b': expected up to 64 letters, digits and _"),
         ("mine-random@0", "an untrained control"),
         ("mine@2", "a definition serves all seeds"),
     ],

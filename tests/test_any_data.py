@@ -122,6 +122,16 @@ def class_of_the_test_alone(folder: Path) -> str:
     return r"test has classes that train/ lacks: boot; expected the same class folders in both"
 
 
+def of_another_kind(folder: Path) -> str:
+    (folder / "train" / "coat" / "5.tiff").write_bytes((folder / "train" / "coat" / "1.png").read_bytes())
+    return r"coat/5\.tiff: expected png, jpg, bmp, webp, ppm or pgm files; convert it first, or take it away"
+
+
+def in_no_class(folder: Path) -> str:
+    (folder / "train" / "coat" / "1.png").rename(folder / "train" / "1.png")
+    return r"train/1\.png lies in no class: expected one folder per class in .*train"
+
+
 def not_an_image(folder: Path) -> str:
     (folder / "test" / "shirt" / "3.png").write_bytes(b"not an image")
     return r"test/shirt/3\.png cannot be read as an image"
@@ -145,6 +155,8 @@ def other_size(folder: Path) -> str:
         grey,
         sixteen_bits,
         empty_class,
+        of_another_kind,
+        in_no_class,
         class_of_training_alone,
         class_of_the_test_alone,
         not_an_image,

@@ -146,6 +146,10 @@ SWEEP = ["sweep", "--senders", "R1111", "--receivers", "R1112"]
         (["list", "--root", "/etc/hostname"], "--root /etc/hostname is a file: expected a folder"),
         ([*SWEEP, "--root", "ROOT", "--run", ""], "--run '': expected letters, digits"),
         ([*SWEEP, "--root", "ROOT", "--dry-run"], "fewer than one batch of 256 images"),
+        (["train", "R1111", "--root", "/proc/x"], "/proc/x: No such file or directory: expected a place that"),
+        (["precompute", "R1111", "--root", "ROOT", "--activations", "s3:/b"], "--activations s3:/b: expected a folder"),
+        ([*SWEEP, "--root", "ROOT", "--epochs", "1e12"], "--epochs 1000000000000: expected a number above 0"),
+        (["paper", "--networks", ",", "--dry-run"], "--networks ,: expected names separated by commas"),
         (["plot", "none", "--out", "x"], "no run 'none' in fastsitch-data/runs: found none"),
     ],
 )
@@ -185,7 +189,7 @@ def test_sizes_that_cannot_be_stitched_are_refused(run_here: RunHere, tmp_path: 
     assert run_here("train", "R1111", "--dataset", dataset, *small).returncode == 0
     ended = run_here("sweep", "--senders", "R1111", "--receivers", "R1111", "--batch-size", "16")
     assert ended.returncode == 2
-    assert "no stitch from 20x20 to 3x3" in ended.stderr
+    assert "R1111 stem -> R1111 layer4.0: no stitch from 20x20 to 3x3" in ended.stderr
 
 
 def test_a_data_set_has_to_be_chosen_when_several_have_the_networks(
@@ -201,14 +205,30 @@ def test_a_data_set_has_to_be_chosen_when_several_have_the_networks(
     assert "two.npz" in ended.stderr
 
 
-def test_a_bug_or_a_failing_machine_ends_with_1_and_one_line(root: Path, run_cli: Command, tmp_path: Path) -> None:
-    (tmp_path / "work" / "out" / "R1111--R1112.T2T.npz").mkdir(parents=True)
-    ended = run_cli("export", "first", "--out", "out", "--root", root)
-    assert ended.returncode == 1
-    assert re.fullmatch(r"fastsitch: failed: \w+Error: .* \(--debug shows where\)\n", ended.stderr)
-    debugged = run_cli("export", "first", "--out", "out", "--root", root, "--debug")
+def test_a_place_that_is_something_else_ends_with_2_and_one_line(root: Path, run_here: RunHere, tmp_path: Path) -> None:
+    out = tmp_path / "work" / "out"
+    (out / "R1111--R1112.T2T.npz").mkdir(parents=True)
+    ended = run_here("export", "first", "--out", "out", "--root", root)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"fastsitch: out/\S+: Is a directory: expected a place that can be .* --out\n", ended.stderr)
+    assert [path.name for path in out.iterdir()] == ["R1111--R1112.T2T.npz"]
+
+
+def test_a_bug_or_a_failing_machine_ends_with_1_and_one_line(root: Path, tmp_path: Path) -> None:
+    """A machine that writes no more than a few bytes into any file."""
+
+    def ended(*more: str) -> subprocess.CompletedProcess[str]:
+        line = cli_line("export", "first", "--out", tmp_path / "out", "--root", root, *more)
+        limited = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", *line]
+        return subprocess.run(limited, env=cli_environment(), capture_output=True, text=True, timeout=300, check=False)
+
+    failed = ended()
+    assert failed.returncode == 1
+    assert re.fullmatch(r"fastsitch: failed: \w+Error: .*File too large.* \(--debug shows where\)\n", failed.stderr)
+    debugged = ended("--debug")
     assert debugged.returncode == 1
     assert "Traceback" in debugged.stderr
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_broken_networks_are_shown_and_harm_no_other(fashion: Dataset, tmp_path: Path, run_cli: Command) -> None:

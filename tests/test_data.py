@@ -273,3 +273,18 @@ def test_the_first_images_are_a_data_set_of_their_own(tmp_path: Path, fashion: D
     for name in ("fashion-mini:0", "fashion-mini:10001", "fashion-mini:x", "fashion-mini:", "fashion-mini:050"):
         with pytest.raises(DataError, match="expected fashion-mini:N, the first N of its 10000 training images"):
             load_dataset(name, tmp_path)
+
+
+def test_classes_without_training_images_are_named(
+    fashion: Dataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train, test = (
+        {
+            f"x_{name}": split.images[:20].numpy(),
+            f"y_{name}": 3 * (split.labels[:20].numpy() % 2),
+        }
+        for name, split in (("train", fashion.train), ("test", fashion.test))
+    )
+    np.savez(tmp_path / "gaps.npz", **train, **test)
+    assert load_dataset(f"npz:{tmp_path / 'gaps.npz'}", tmp_path).classes == 4
+    assert "gaps.npz: 2 of 4 classes have no training images (1, 2)" in caplog.text

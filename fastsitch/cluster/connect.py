@@ -15,6 +15,8 @@ from typing import Any
 from fastsitch.errors import BusyError, ConfigError
 from fastsitch.files import exclusive
 
+log = logging.getLogger(__name__)
+
 LOCAL, RUNNING = "local", "auto"
 
 _PATIENCE = 10.0
@@ -99,6 +101,7 @@ def connection(address: str) -> Iterator[Any]:
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"--ray {address}: cannot join a Ray cluster there ({reason})") from None
+    log.info("joined the Ray cluster at %s", ray.get_runtime_context().gcs_address)
     try:
         yield ray
     finally:

@@ -21,6 +21,9 @@ from fastsitch.machine import available_memory
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
+_OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".jfif", ".avif", ".heic", ".jp2")
+"""Images all the same: they are refused, not left out."""
+
 _KINDS = "png, jpg, bmp, webp, ppm or pgm"
 
 MEMORY_SHARE = 0.5
@@ -84,6 +87,8 @@ class ImageFolder:
                     f"{path / part} has classes that {other}/ lacks: {', '.join(extra)}; expected the same class "
                     "folders in both"
                 )
+        for part in ("train", "test"):
+            _require_only_classes(path / part)
         train, test = (_files(path / part, classes) for part in ("train", "test"))
         return cls(path, train, test, classes, _common_size([*train.files, *test.files], side), side)
 
@@ -135,11 +140,22 @@ class ImageFolder:
         return shown
 
 
+def _require_only_classes(folder: Path) -> None:
+    """Raise DataError for an image that belongs to no class, which nobody would miss."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES + _OTHER_SUFFIXES and path.is_file():
+            raise DataError(f"{path} lies in no class: expected one folder per class in {folder}")
+
+
 def _files(folder: Path, classes: tuple[str, ...]) -> FolderSplit:
     files: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        own = [path for path in sorted((folder / name).rglob("*")) if path.suffix.lower() in SUFFIXES]
+        found = sorted((folder / name).rglob("*"))
+        own = [path for path in found if path.suffix.lower() in SUFFIXES]
+        for path in found:
+            if path.suffix.lower() in _OTHER_SUFFIXES:
+                raise DataError(f"{path}: expected {_KINDS} files; convert it first, or take it away")
         if not own:
             raise DataError(f"{folder / name} has no images: expected {_KINDS} files in every class")
         files += own

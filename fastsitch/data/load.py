@@ -1,11 +1,13 @@
 """From the name of a data set to its images."""
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fastsitch.data.dataset import Dataset, Split
@@ -13,6 +15,8 @@ from fastsitch.data.formats import Arrays, padding, read_cifar, read_idx, read_n
 from fastsitch.data.image_folder import ImageFolder
 from fastsitch.errors import DataError
 from fastsitch.identity import stable_hash
+
+log = logging.getLogger(__name__)
 
 DEFAULT_DATASET = "fashion-mini"
 
@@ -156,6 +160,10 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
             f"data set {name}: training images are {train[0].shape[1:]}, test images {test[0].shape[1:]}: "
             "expected one size"
         )
+    unseen = sorted(set(range(classes)) - set(np.unique(train[1]).tolist()))
+    if unseen:
+        some = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
+        log.warning("data set %s: %d of %d classes have no training images (%s)", name, len(unseen), classes, some)
     return Dataset(name, _split(train), _split(test), classes)
 
 

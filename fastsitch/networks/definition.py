@@ -98,6 +98,9 @@ def define(
         raise NetworkError(
             f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one for each class"
         )
+    wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise NetworkError(f"{source.text} gives first weights that are not finite ({wrong[0]}): expected finite ones")
     definition = Definition(
         source=source,
         classes=classes,

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from itertools import product
 
-from fastsitch.errors import NetworkError
+from fastsitch.errors import ConfigError, NetworkError
 
 BLOCKS: dict[str, tuple[int, ...]] = {
     **{"R" + "".join(map(str, blocks)): blocks for blocks in product((1, 2), repeat=4)},
@@ -40,6 +40,17 @@ class NetworkName:
                 "as in R1111-random@0"
             )
         return cls(match["architecture"], match["random"] is not None, int(match["seed"] or 0))
+
+    @classmethod
+    def parse_new(cls, text: str) -> "NetworkName":
+        """Read the name of a network that is to be added; raises ConfigError with the rule for such names."""
+        try:
+            return cls.parse(text)
+        except NetworkError:
+            raise ConfigError(
+                f"network name {text!r}: expected up to 64 letters, digits and _, the first a letter, such as "
+                "resnet50, with an optional seed as in resnet50@3; names like R1111 or ResNet18 are taken"
+            ) from None
 
     def __str__(self) -> str:
         text = self.architecture + ("-random" if self.random else "")

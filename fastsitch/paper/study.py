@@ -171,6 +171,8 @@ def paper_config(
     **options: Any,
 ) -> PaperConfig:
     """A checked configuration; texts are lists separated by commas, ``options`` that are None are left out."""
+    if isinstance(networks, str) and networks and not listed(networks):
+        raise ConfigError(f"--networks {networks}: expected names separated by commas")
     names = tuple(dict.fromkeys(str(NetworkName.parse(name)) for name in listed(networks)))
     probe = sweep_config(dataset="fashion-mini", senders="R1111", receivers="R1111", seeds=seeds, settings=settings)
     config = PaperConfig(

@@ -29,6 +29,8 @@ SOLVERS = ("exact", "sgd")
 MATCH_EPOCHS = 30
 """Of matching by training, where none are asked for. Source: Hernandez et al. 2022."""
 
+MOST_EPOCHS = 1_000_000
+
 INITS = ("default", "matched")
 """A PyTorch convolution's own initialisation, or the matched stitch."""
 
@@ -78,8 +80,10 @@ def _check_recipe(recipe: TrainingRecipe) -> None:
         raise ConfigError(f"--recipe {recipe.name}: expected one of {', '.join(STITCH_RECIPES)}")
     if recipe.optimizer not in OPTIMIZERS:
         raise ConfigError(f"--optimizer {recipe.optimizer}: expected one of {', '.join(OPTIMIZERS)}")
-    if not 0 < recipe.epochs < float("inf"):
-        raise ConfigError(f"--epochs {recipe.epochs}: expected a number above 0, such as 2 or 0.5")
+    if not 0 < recipe.epochs <= MOST_EPOCHS:
+        raise ConfigError(
+            f"--epochs {recipe.epochs}: expected a number above 0, such as 2 or 0.5, and at most {MOST_EPOCHS}"
+        )
     if recipe.batch_size < 1:
         raise ConfigError(f"--batch-size {recipe.batch_size}: expected at least 1")
     if not 0 < recipe.lr < float("inf"):

@@ -148,7 +148,11 @@ def _check_geometries(config: SweepConfig, units: list[PlannedUnit], inputs: dic
     for planned in units:
         sender, receiver = positions[planned.sender], positions[planned.receiver]
         for cell in sorted(planned_cells(config, planned, positions)):
-            Geometry.between(sender[cell.i][1], receiver[cell.j][1], config.rules)
+            try:
+                Geometry.between(sender[cell.i][1], receiver[cell.j][1], config.rules)
+            except ConfigError as error:
+                place = f"{planned.sender} {sender[cell.i][0]} -> {planned.receiver} {receiver[cell.j][0]}"
+                raise ConfigError(f"{place}: {error}") from None
 
 
 def _describe(resolved: Resolved) -> str:
