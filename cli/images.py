@@ -8,6 +8,7 @@ import typer
 import fastsitch
 from fastsitch.cli.console import Progress
 from fastsitch.cli.options import (
+    ActivationsOption,
     DataDirOption,
     DatasetOption,
     DebugOption,
@@ -38,6 +39,7 @@ def images(
     root: RootOption = None,
     dataset: DatasetOption = None,
     data_dir: DataDirOption = None,
+    activations: ActivationsOption = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
 ) -> None:
@@ -59,6 +61,7 @@ def images(
             root=root,
             dataset=dataset,
             data_dir=data_dir,
+            activations=activations,
             device=device,
             memory=memory,
             report=report,

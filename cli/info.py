@@ -1,6 +1,7 @@
 """The commands that look around: list, doctor."""
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
         ("runs", ["run", "data set", "done", "recipe", "pairs"], runs),
     ):
         typer.echo("")
-        typer.echo(f"{title}: {'none' if not rows else len(rows)}")
+        elsewhere = title == "stores" and not isinstance(place.stores, Path)
+        typer.echo(f"{title}: {f'in {place.stores}, not listed' if elsewhere else len(rows) or 'none'}")
         if rows:
             typer.echo(table(header, rows))
 

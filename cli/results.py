@@ -13,7 +13,7 @@ from fastsitch.analysis.error_files import SPLITS, run_errors
 from fastsitch.analysis.measure import MeasureReport
 from fastsitch.analysis.triangle import triangle
 from fastsitch.cli.console import Progress, table
-from fastsitch.cli.options import DataDirOption, DatasetOption, DebugOption, DeviceOption, RootOption
+from fastsitch.cli.options import ActivationsOption, DataDirOption, DatasetOption, DebugOption, DeviceOption, RootOption
 from fastsitch.errors import ConfigError
 from fastsitch.files import output_folder
 from fastsitch.report.choose import plot_figures
@@ -77,6 +77,7 @@ def tables(
     split: Annotated[str, typer.Option(help="train or test: the images that errors are means over.")] = "train",
     root: RootOption = None,
     data_dir: DataDirOption = None,
+    activations: ActivationsOption = None,
     dataset: DatasetOption = None,
     device: DeviceOption = "auto",
     debug: DebugOption = False,
@@ -93,7 +94,8 @@ def tables(
         def report(step: MeasureReport) -> None:
             progress.update(step.units, step.total, step.unit)
 
-        fastsitch.measure_errors(chosen, root=root, data_dir=data_dir, device=device, report=report)
+        places = {"root": root, "data_dir": data_dir, "activations": activations}
+        fastsitch.measure_errors(chosen, device=device, report=report, **places)
     errors = run_errors(chosen, split)
     typer.echo(tables_text(errors, colour=wants_colour(sys.stdout)))
     for path in [] if out is None else write_tables(errors, out):

@@ -73,12 +73,15 @@ def train(
     NetworkError, or FailedError when a training diverges.
     """
     place = Root.at(root, data_dir)
-    names = [_seeded(text, seed) for text in networks]
+    names = list(dict.fromkeys(_seeded(text, seed) for text in networks))
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
     chosen = network_recipe(recipe, epochs)
     data = canonical_dataset(dataset)
     require_defined(place, data, names)
+    if ray is not None:
+        # a download is finished before workers look for its files
+        load_dataset(data, place.data_dir)
     make = partial(
         NetworkTrainer,
         dataset=data,
@@ -157,7 +160,7 @@ def precompute(
     ``force`` is not set, NetworkError when a network was never trained.
     """
     place = Root.at(root, data_dir, activations)
-    names = [NetworkName.parse(text) for text in networks]
+    names = list(dict.fromkeys(NetworkName.parse(text) for text in networks))
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
     name_of_data = canonical_dataset(dataset) if dataset else infer_dataset(place, [str(name) for name in names])
@@ -192,10 +195,11 @@ def configure_sweep(
     *,
     dataset: str | None = None,
     root: PathLike | None = None,
+    activations: PathLike | None = None,
     **options: Any,
 ) -> SweepConfig:
     """The configuration of a sweep; ``options`` are those of :func:`fastsitch.sweep.config.sweep_config`."""
-    chosen = dataset or infer_dataset(Root.at(root), [*listed(senders), *listed(receivers)])
+    chosen = dataset or infer_dataset(Root.at(root, activations=activations), [*listed(senders), *listed(receivers)])
     return sweep_config(dataset=chosen, senders=senders, receivers=receivers, **options)
 
 
@@ -224,7 +228,7 @@ def sweep(
     :class:`fastsitch.Cluster`. ``activations`` is where stores lie instead of the root: a folder, or s3://BUCKET/PREFIX.
     Raises ConfigError, DataError, NetworkError, StoreError or RunError.
     """
-    config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
+    config = configure_sweep(senders, receivers, dataset=dataset, root=root, activations=activations, **options)
     place = Root.at(root, data_dir, activations)
     with connected(ray, place.path) as cluster:
         return run_sweep(place, config, run=run, device=device, memory=memory, report=report, cluster=cluster)
@@ -243,7 +247,7 @@ def estimate(
     **options: Any,
 ) -> SweepEstimate:
     """What :func:`sweep` with the same arguments would take; needs neither data nor networks."""
-    config = configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
+    config = configure_sweep(senders, receivers, dataset=dataset, root=root, activations=activations, **options)
     return estimate_sweep(Root.at(root, data_dir, activations), config, device, memory)
 
 
@@ -267,6 +271,7 @@ def measure_errors(
     *,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     report: Callable[[MeasureReport], None] | None = None,
 ) -> None:
@@ -275,7 +280,7 @@ def measure_errors(
     ``root`` is where the run's networks and stores lie (default: the root that the run is in). Raises RunError,
     NetworkError, StoreError, DataError or BusyError; see :func:`fastsitch.analysis.measure.measure_errors`.
     """
-    place = Root.at(run.path.parents[2] if root is None else root, data_dir)
+    place = Root.at(run.path.parents[2] if root is None else root, data_dir, activations)
     measure.measure_errors(place, run, device=device, report=report)
 
 
@@ -297,6 +302,7 @@ def images(
     dataset: str | None = None,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
     device: str = "auto",
     memory: str = "auto",
     report: Callable[[SweepReport], None] | None = None,
@@ -310,7 +316,7 @@ def images(
     :func:`fastsitch.report.images.write_images` for the files beside them. Raises ConfigError, DataError,
     NetworkError or RunError.
     """
-    place = Root.at(root, data_dir)
+    place = Root.at(root, data_dir, activations)
     found = find_run(place, run, dataset)
     folder = output_folder(found.path / "images" if out is None else out)
     pairs = run_images(

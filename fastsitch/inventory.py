@@ -71,8 +71,8 @@ def added(root: Root) -> Iterator[tuple[str, str, str]]:
 
 
 def stores(root: Root) -> Iterator[StoreEntry]:
-    """All complete stores; partial ones of killed processes are not listed."""
-    for folder in _folders(root.path / "activations"):
+    """All complete stores on a disk; partial ones of killed processes are not listed."""
+    for folder in _folders(root.stores) if isinstance(root.stores, Path) else ():
         for path in _folders(folder):
             if path.suffix in (".partial", ".old"):
                 continue

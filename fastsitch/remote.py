@@ -121,17 +121,23 @@ Place = Path | RemoteFolder
 """Where a store lies."""
 
 
-@cache
 def remote_folder(url: str, locks: Path) -> RemoteFolder:
-    """A folder that can be reached: the bucket is there and lets us in. Raises ConfigError where it cannot."""
+    """The folder of this name; raises ConfigError where it is none, or obstore is missing."""
     bucket, *parts = url.removeprefix(_SCHEME).rstrip("/").split("/")
     if not url.startswith(_SCHEME) or not bucket or "" in parts:
         raise ConfigError(f"--activations {url}: expected s3://BUCKET, s3://BUCKET/PREFIX, or a folder")
     if find_spec("obstore") is None:
         raise ConfigError(f"--activations {url} needs obstore, which is not installed: pip install 'fastsitch[s3]'")
+    return RemoteFolder(url.rstrip("/"), locks)
+
+
+@cache
+def reached(folder: RemoteFolder) -> RemoteFolder:
+    """The same folder; raises ConfigError unless the bucket is there and lets us in."""
     import obstore
 
-    folder = RemoteFolder(url.rstrip("/"), locks)
+    url = folder.url
+    bucket = url.removeprefix(_SCHEME).partition("/")[0]
     impatient = _open(folder.url, retry_config={"max_retries": 1, "retry_timeout": timedelta(seconds=10)})
     try:
         next(iter(obstore.list(impatient, chunk_size=1)), None)

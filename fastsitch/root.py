@@ -9,7 +9,7 @@ from fastsitch.advice import DEFAULT_ROOT
 from fastsitch.data import dataset_folder
 from fastsitch.errors import ConfigError
 from fastsitch.networks.names import NetworkName
-from fastsitch.remote import Place, RemoteFolder, remote_folder
+from fastsitch.remote import Place, RemoteFolder, reached, remote_folder
 
 STORES = "activations"
 """The folder of activation stores in a root."""
@@ -37,13 +37,15 @@ class Root:
 
         Files of data sets are looked for in ``data_dir`` (default: FASTSITCH_DATA_DIR, then ``data`` in the root),
         activation stores in ``activations``, a folder or s3://BUCKET/PREFIX (default: FASTSITCH_ACTIVATIONS, then
-        ``activations`` in the root). Raises ConfigError when the root is a file, or a bucket cannot be reached.
+        ``activations`` in the root). Raises ConfigError when the root is a file, or a bucket that is named cannot be
+        reached; one that the environment names is not looked for before a store is.
         """
+        named = os.fspath(activations) if activations else os.environ.get("FASTSITCH_ACTIVATIONS", "")
         root = Path(path or os.environ.get("FASTSITCH_ROOT") or DEFAULT_ROOT)
         if root.exists() and not root.is_dir():
             raise ConfigError(f"--root {root} is a file: expected a folder, or a name for a new one")
         data = Path(data_dir or os.environ.get("FASTSITCH_DATA_DIR") or root / "data")
-        return cls(root, data, _stores(activations or os.environ.get("FASTSITCH_ACTIVATIONS"), root / STORES))
+        return cls(root, data, _stores(named, root / STORES, reach=bool(activations)))
 
     def absolute(self) -> "Root":
         """The same root for processes that work elsewhere."""
@@ -66,7 +68,10 @@ class Root:
         return self.stores if isinstance(self.stores, Path) else self.path
 
     def activations(self, dataset: str) -> Place:
-        return self.stores / dataset_folder(dataset)
+        stores = self.stores
+        if isinstance(stores, RemoteFolder):
+            stores = reached(stores)
+        return stores / dataset_folder(dataset)
 
     def store(self, dataset: str, network: NetworkName) -> Place:
         return self.activations(dataset) / str(network)
@@ -78,10 +83,10 @@ class Root:
         return self.runs(dataset) / name
 
 
-def _stores(named: str | os.PathLike[str] | None, default: Path) -> Place:
-    text = "" if named is None else os.fspath(named)
+def _stores(text: str, default: Path, *, reach: bool) -> Place:
     if "://" in text:
-        return remote_folder(text, default)
+        folder = remote_folder(text, default)
+        return reached(folder) if reach else folder
     if re.match(r"\w+:/", text):
         raise ConfigError(f"--activations {text}: expected a folder, or s3://BUCKET/PREFIX")
     stores = Path(text) if text else default

@@ -1,6 +1,7 @@
 """Work on a GPU as a CUDA graph: all its kernels are launched at once, which Python launches one by one."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
 import torch
@@ -21,13 +22,17 @@ def record(work: Callable[[], Result], device: torch.device) -> tuple[Callable[[
         torch.cuda.synchronize(device)
         # what the cache holds for temporary tensors would be held a second time by the graph
         torch.cuda.empty_cache()
-        with torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
-            # other threads copy to the device meanwhile
+        # other threads copy to the device meanwhile: never on this stream, since theirs have another priority
+        with torch.cuda.stream(torch.cuda.Stream(device, priority=-1)):  # type: ignore[no-untyped-call]
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 result = work()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                # it ends with an error too, which says less
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
 
     def replay(kept: object = work) -> None:
         graph.replay()

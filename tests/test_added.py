@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shutil
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.networks.checkpoint import load_network
 from fastsitch.networks.names import NetworkName
 from fastsitch.root import Root
-from tests.conftest import RunHere
+from tests.conftest import RunHere, save_npz
 from tests.my_nets import small
 
 
@@ -238,6 +239,42 @@ def test_a_torchvision_network_and_its_weights_are_what_torchvision_makes(tmp_pa
         assert torch.equal(chain(x), model(x))
     assert record.classes == 12
     assert len(chain.positions) == 9
+
+
+def test_logits_with_company_in_training_are_refused_in_one_line(few: str, run_here: RunHere, tmp_path: Path) -> None:
+    """As torchvision's googlenet has them."""
+    (tmp_path / "two.py").write_text(
+        "from torch import nn\n\n\nclass Two(nn.Module):\n    def __init__(self, classes):\n"
+        "        super().__init__()\n        self.stem = nn.Conv2d(3, 4, 8, 8)\n"
+        "        self.last = nn.Linear(64, classes)\n\n"
+        "    def forward(self, x):\n        y = self.last(self.stem(x).flatten(1))\n"
+        "        return (y, y) if self.training else y\n\n\ndef small(classes):\n    return Two(classes)\n"
+    )
+    assert run_here("add", "two", "--from", f"{tmp_path}/two.py:small", "--dataset", few).returncode == 0
+    ended = run_here("train", "two", "--epochs", "1", "--dataset", few)
+    assert ended.returncode == 2
+    assert "two gives a tuple while it is trained: expected logits (B, classes); build it without" in ended.stderr
+    assert not list((tmp_path / "work").rglob("models/*/two.json"))
+
+
+def test_weights_of_data_that_changed_are_measured_anew(
+    factory: Path, fashion: Dataset, tmp_path: Path, run_here: RunHere
+) -> None:
+    data = tmp_path / "data.npz"
+    save_npz(data, fashion.train, fashion.test, 160, 64)
+    name = f"npz:{data}"
+    line = ["add", "mine", "--from", f"{factory}:small", "--dataset", name]
+    assert run_here(*line).returncode == 0
+    assert run_here("train", "mine", "--epochs", "1", "--dataset", name).returncode == 0
+    (weights,) = (tmp_path / "work").rglob("models/*/mine*.safetensors")
+    line = [*line, "--weights", shutil.copy(weights, tmp_path / "weights.safetensors"), "--force"]
+    assert run_here(*line).returncode == 0
+    save_npz(data, fashion.train, fashion.test, 168, 48)
+    refused = run_here("precompute", "mine", "--dataset", name)
+    assert refused.returncode == 2
+    assert "has changed since mine was trained on it: add it again with the same --weights" in refused.stderr
+    assert run_here(*line[:-1]).returncode == 0
+    assert run_here("precompute", "mine", "--dataset", name).returncode == 0
 
 
 def test_a_network_without_anything_to_train_is_refused(few: str, run_here: RunHere, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
     (tmp_path / "trap.pt").write_bytes(pickle.dumps(Trap()))
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "nan.safetensors").read_bytes()[:100])
     torch.save([1, 2], tmp_path / "list.pt")
+    (tmp_path / "text.pt").write_text("error 404: not found\n")
     torch.save({**state, "head.weight": state["head.weight"].long()}, tmp_path / "whole.pt")
     torch.save({**state, "head.bias": state["head.bias"].to(torch.complex64)}, tmp_path / "complex.pt")
     torch.save({**state, "head.bias": state["head.bias"].to("meta")}, tmp_path / "meta.pt")
@@ -83,6 +84,7 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
             r"missing: body\.0\.conv\.weight; unexpected: body\.0\.conv\.w; misshapen: head\.weight \(10, 4\) instead",
         ),
         "not finite": ([source, "--weights", f"{tmp_path}/nan.safetensors"], "the test loss of new is nan"),
+        "text": ([source, "--weights", f"{tmp_path}/text.pt"], "holds no weights that can be read safely"),
         "pickle": ([source, "--weights", f"{tmp_path}/trap.pt"], "holds no weights that can be read safely"),
         "cut off": ([source, "--weights", f"{tmp_path}/cut.safetensors"], "holds no weights that can be read safely"),
         "whole numbers": (

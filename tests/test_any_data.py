@@ -1,6 +1,8 @@
 """Image folders and npz files as people have them: read exactly, or refused in one line before anything is written."""
 
 import re
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,6 +108,20 @@ def sixteen_bits(folder: Path) -> str:
     return r"coat/1\.png has pixels of type I;?1?6?: expected 8 bits per channel"
 
 
+def sixteen_bits_of_three_colours(folder: Path) -> str:
+    """A PNG as its specification has it; Pillow opens it as one of 8 bits."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        body = kind + content
+        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
+
+    head = struct.pack(">IIBBBBB", 24, 16, 16, 2, 0, 0, 0)
+    rows = zlib.compress(bytes(16 * (1 + 24 * 6)))
+    path = folder / "test" / "coat" / "1.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
+    return r"coat/1\.png has pixels of type RGB with 16 bits: expected 8 bits per channel"
+
+
 def empty_class(folder: Path) -> str:
     for path in (folder / "train" / "shirt").iterdir():
         path.unlink()
@@ -154,6 +170,7 @@ def other_size(folder: Path) -> str:
     [
         grey,
         sixteen_bits,
+        sixteen_bits_of_three_colours,
         empty_class,
         of_another_kind,
         in_no_class,

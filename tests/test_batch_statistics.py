@@ -218,10 +218,12 @@ def test_batchnorm_of_other_kinds_is_refused() -> None:
         names = [position.name for position in receiver.positions]
         return Chain(segments, head or receiver.head, names, receiver.input_shape).double().eval()
 
+    shared = nn.BatchNorm2d(16)
     unfolded(changed())
     for chain, message in (
         (changed(nn.BatchNorm2d(16, track_running_stats=False)), "expected BatchNorm layers with running statistics"),
         (changed(nn.BatchNorm2d(16, momentum=None)), "expected BatchNorm layers with running statistics"),
+        (changed(nn.Sequential(shared, shared)), "a BatchNorm layer serves in many places"),
         (changed(nn.SyncBatchNorm(16)), "expected BatchNorm2d layers, found SyncBatchNorm; use --receiver-bn frozen"),
         (changed(head=nn.Sequential(receiver.head, nn.BatchNorm1d(10))), "expected a head without BatchNorm"),
     ):

@@ -239,6 +239,21 @@ def test_a_change_that_the_graph_does_not_show_is_noticed() -> None:
         Chain.from_module(Hidden(), images(1, 4))
 
 
+class Dense(Sized):
+    """Takes one tensor or a list of them, as dense layers do; the tracer's stand-in is neither."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor | list[Tensor] = self.first(x)
+        if isinstance(y, Tensor):
+            y = [y]
+        return self.second(torch.cat(y, 1)).mean((2, 3))
+
+
+def test_a_trace_that_does_not_run_is_refused_with_the_way_out() -> None:
+    with pytest.raises(NetworkError, match=r"cannot cut a Dense: what was traced .*does not run \(.*from_segments\("):
+        Chain.from_module(Dense(), images(1, 4))
+
+
 class Choosy(nn.Module):
     """Its way depends on values."""
 

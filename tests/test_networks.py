@@ -109,6 +109,31 @@ def test_any_sequential_becomes_a_chain(images: torch.Tensor) -> None:
     assert [(p.shape, p.layout) for p in everywhere.positions[2:]] == [((8, 16, 16), "map"), ((2048,), "vector")]
 
 
+def test_a_sequential_that_uses_a_child_twice_keeps_both(images: torch.Tensor) -> None:
+    relu = nn.ReLU()
+    layers = nn.Conv2d(3, 6, 3, stride=4), relu, nn.Conv2d(6, 6, 3), relu, nn.Flatten(), nn.Linear(6 * 36, 10)
+    model = nn.Sequential(*layers).double()
+    chain = Chain.from_module(model, images[:1])
+    assert [position.name for position in chain.positions] == ["0", "1", "2", "3", "4"]
+    assert not chain.training
+    with torch.no_grad():
+        assert torch.equal(chain(images), model(images))
+
+
+class Doubled(nn.Sequential):
+    """More than its children."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(2 * x)
+
+
+def test_a_sequential_with_a_forward_of_its_own_is_traced(images: torch.Tensor) -> None:
+    model = Doubled(nn.Conv2d(3, 6, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)).double()
+    chain = Chain.from_module(model, images[:1])
+    with torch.no_grad():
+        assert torch.equal(chain(images), model(images))
+
+
 def test_in_place_activations_do_not_change_what_was_captured(images: torch.Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten()).double().eval()
     chain = Chain.from_module(model, images[:1])

@@ -1,13 +1,11 @@
 """Many machines: a Ray cluster does what one machine would, bit by bit, and workers and drivers may be killed."""
 
-import http.server
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -24,13 +22,13 @@ import torch
 import fastsitch
 from fastsitch.activations.store import ActivationStore
 from fastsitch.cli.options import with_addresses
+from fastsitch.cluster import crew
 from fastsitch.cluster.cluster import Cluster
-from fastsitch.cluster.connect import checked_address
 from fastsitch.cluster.crew import Crew, Places, Work
 from fastsitch.cluster.deal import Deal
 from fastsitch.cluster.worker import Arrived
 from fastsitch.data import Dataset
-from fastsitch.errors import ConfigError, StoreError
+from fastsitch.errors import ConfigError, FailedError, StoreError
 from fastsitch.machine import versions
 from fastsitch.root import Root
 from fastsitch.sweep.distribute import UnitStation
@@ -297,7 +295,7 @@ def test_refusals_are_raised_at_once_and_failures_after_three_attempts(
         with pytest.raises(StoreError, match="a is stale"):
             list(machines.carry_out(lambda: refuse, ["a"], places))
         assert not caplog.records
-        with pytest.raises(RuntimeError, match="no a today"):
+        with pytest.raises(FailedError, match=r"job a failed 3 times on the Ray cluster, last on .*RuntimeError: no a"):
             list(machines.carry_out(partial(partial, fail, tmp_path), ["a"], places, name="job {}".format))
     assert len(list(tmp_path.iterdir())) == 3
     assert [record.getMessage().partition(" on ")[0] for record in caplog.records] == ["job a failed"] * 2
@@ -329,29 +327,6 @@ def test_an_address_may_be_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("address", "message"),
-    [
-        ("R1111", "--ray R1111: expected HOST:PORT of a Ray cluster, auto for the one that runs on this machine"),
-        ("ray://host:10001", "--ray ray://host:10001: expected HOST:PORT"),
-        ("127.0.0.1:1", "--ray 127.0.0.1:1: nothing answers there"),
-        ("nowhere.invalid:6379", "--ray nowhere.invalid:6379: nothing answers there"),
-    ],
-)
-def test_addresses_that_cannot_be_one(address: str, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        checked_address(address)
-
-
-def test_an_address_where_something_else_answers() -> None:
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
-        thread = threading.Thread(target=server.handle_request)
-        thread.start()
-        with pytest.raises(ConfigError, match="what answers there is no Ray cluster; expected the address that"):
-            checked_address(f"127.0.0.1:{server.server_port}")
-        thread.join()
-
-
-@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--device", "cuda"], "--device cuda: no machine of the Ray cluster has a GPU; use --device cpu"),
@@ -372,15 +347,31 @@ def test_what_cannot_work_is_refused_without_a_trace(
     assert not list(root.glob(".fastsitch-*"))
 
 
+def test_a_cluster_without_room_is_waited_for_and_that_is_said(
+    cluster: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crew, "_PATIENCE", 1.0)
+    with Cluster(cluster, root=tmp_path) as machines:
+        places = machines.places("cpu")
+        sleep = ray.remote(num_cpus=1)(lambda: time.sleep(6))
+        others = [sleep.remote() for _ in range(2)]
+        time.sleep(1)
+        ((job, pid),) = machines.carry_out(lambda: lambda job, tell: os.getpid(), ["a"], places)
+        ray.get(others)
+    assert (job, pid != os.getpid()) == ("a", True)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line == "waiting for room on the Ray cluster: other work has its processors or GPUs"
+
+
 def test_workers_that_would_do_something_else_are_refused(tmp_path: Path) -> None:
     places = Places(device="cpu", threads=1, total=1, per_machine=1)
     work: Work[str] = Work(make=lambda: refuse, jobs=[], name=str, key=str, report=lambda job, value: None)
-    crew = Crew(None, places, work, tmp_path / "witness")
-    crew._check(Arrived("far", 1, versions(), shares=True))
+    own = Crew(None, places, work, tmp_path / "witness")
+    own._check(Arrived("far", 1, versions(), shares=True))
     with pytest.raises(ConfigError, match=f"{tmp_path} is another folder on far, or none"):
-        crew._check(Arrived("far", 1, versions(), shares=False))
+        own._check(Arrived("far", 1, versions(), shares=False))
     with pytest.raises(ConfigError, match="far has torch 1.0: expected "):
-        crew._check(Arrived("far", 1, {**versions(), "torch": "1.0+cpu"}, shares=True))
+        own._check(Arrived("far", 1, {**versions(), "torch": "1.0+cpu"}, shares=True))
 
 
 def test_ray_is_optional(root: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -20,7 +21,7 @@ from fastsitch.errors import StoreError
 from fastsitch.networks.names import NetworkName
 from fastsitch.remote import RemoteFolder
 from fastsitch.root import Root
-from tests.conftest import Command, cli_environment, cli_line, save_npz
+from tests.conftest import Command, RunHere, cli_environment, cli_line, save_npz
 
 SERVER = "import sys; from moto.server import main; main(['-H', '127.0.0.1', '-p', sys.argv[1]])"
 KEYS = {"AWS_ACCESS_KEY_ID": "someone", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1"}
@@ -229,3 +230,22 @@ def test_obstore_is_optional(place: tuple[Path, str]) -> None:
     assert ended.stderr == (
         "fastsitch: --activations s3://stores/x needs obstore, which is not installed: pip install 'fastsitch[s3]'\n"
     )
+
+
+def test_the_list_shows_the_stores_that_the_environment_names(
+    place: tuple[Path, str], tmp_path: Path, run_here: RunHere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, dataset = place
+    monkeypatch.setenv("FASTSITCH_ACTIVATIONS", str(tmp_path / "fast"))
+    fastsitch.precompute("R1111", dataset=dataset, root=root)
+    shown = run_here("list", "--root", root)
+    assert re.search(r"stores: 1\n.*\nR1111 ", shown.stdout)
+    # a bucket is not looked for by commands that need no store
+    monkeypatch.setenv("FASTSITCH_ACTIVATIONS", "s3://stores/x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    shown = run_here("list", "--root", root)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "stores: in s3://stores/x, not listed\n" in shown.stdout
+    refused = run_here("precompute", "R1112", "--root", root, "--dataset", dataset)
+    assert refused.returncode == 2
+    assert "--activations s3://stores/x: no answer at http://127.0.0.1:1" in refused.stderr

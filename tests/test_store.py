@@ -181,6 +181,8 @@ def empty_the_manifest(store: Path) -> Path:
 def test_damage_is_refused_by_file_and_reason(
     damage: Callable[[Path], Path], reason: str, compress: str, data: Dataset, network: Network, tmp_path: Path
 ) -> None:
+    # as in a root: other folders of stores are named by themselves
+    (tmp_path / "models").mkdir()
     path = tmp_path / "activations" / "few" / "R1111"
     make(path, data, network, compress=compress)
     file = damage(path)

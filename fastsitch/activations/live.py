@@ -56,7 +56,8 @@ class LiveSplit:
     def shuffled(self, order: ImageOrder, epoch: int, images: int, *, augment: bool = False) -> Iterator[Batch]:
         """An epoch in batches of ``images``; what is left over at the end is dropped.
 
-        With ``augment``, the view of the k-th image of an epoch depends on the order's seed, the epoch and k alone.
+        A batch is valid until the next one is drawn. With ``augment``, the view of the k-th image of an epoch depends
+        on the order's seed, the epoch and k alone.
         """
         permutation = order.epoch(epoch, len(self)).to(self.labels.device)
         views = self._views(order.seed, epoch) if augment else None

@@ -188,10 +188,10 @@ def remedy(path: Place) -> str:
     folder = path.parent.parent
     if isinstance(path, RemoteFolder):
         line = command("precompute", network, root=path.locks.parent, activations=str(folder), force=True)
-    elif path.parents[1].name == STORES:
+    elif path.parents[1].name == STORES and (path.parents[2] / "models").is_dir():
         line = command("precompute", network, root=path.parents[2], force=True)
     else:
-        line = command("precompute", network, activations=str(folder), force=True)
+        line = f"{command('precompute', network, activations=str(folder), force=True)} and the same --root"
     return f"make the store again with {line}"
 
 

@@ -86,8 +86,8 @@ class Cluster:
 
         Every worker makes a station of its own, which may keep what it has loaded: jobs of one ``key`` are kept
         together, see :class:`fastsitch.cluster.deal.Deal`. ``report`` gets what stations tell while they work. A job
-        whose worker is lost, or that fails otherwise than by one of our own errors, is tried again by another worker,
-        three times in all. Our own errors are raised at once.
+        whose worker is lost, or that fails otherwise than by a refusal (an error of ours that ends with 2), is tried
+        again by another worker, three times in all. Refusals are raised at once.
         """
         with _witness(self._root) as witness:
             tell = report or (lambda job, progress: None)
@@ -105,7 +105,8 @@ def _witness(root: Path) -> Iterator[Path]:
     """A file by which workers know the root; those of killed commands, whose locks are free, are removed first."""
     root.mkdir(parents=True, exist_ok=True)
     for leftover in root.glob(f"{_WITNESS}*"):
-        with suppress(BusyError), exclusive(leftover, "a cluster"):
+        # somebody else's is theirs to remove
+        with suppress(BusyError, PermissionError), exclusive(leftover, "a cluster"):
             leftover.unlink(missing_ok=True)
     word = secrets.token_hex(8)
     making = root.absolute() / f".fastsitch-new-{word}"

@@ -82,11 +82,13 @@ def connection(address: str) -> Iterator[Any]:
     import ray
 
     if ray.is_initialized():
+        _require_same(address, ray.get_runtime_context().gcs_address)
         yield ray
         return
     quiet = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address == LOCAL:
         # a cluster obeys whoever reaches its ports: Ray asks for a word then, which it would keep in the home folder
+        own_word = "RAY_AUTH_TOKEN" not in os.environ
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         with _temporary_folder() as folder:
             memory = {"object_store_memory": _RESULTS_MEMORY}
@@ -95,6 +97,8 @@ def connection(address: str) -> Iterator[Any]:
                 yield ray
             finally:
                 ray.shutdown()
+                if own_word:
+                    del os.environ["RAY_AUTH_TOKEN"]
         return
     try:
         ray.init(address=address, **quiet)
@@ -106,6 +110,15 @@ def connection(address: str) -> Iterator[Any]:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _require_same(address: str, connected: str) -> None:
+    """Raise ConfigError when this process is connected to another cluster than the one at a named address."""
+    if address in (LOCAL, RUNNING):
+        return
+    host, _, port = address.rpartition(":")
+    if f"{socket.gethostbyname(host.strip('[]'))}:{port}" != connected and address != connected:
+        raise ConfigError(f"--ray {address}: this process is connected to Ray at {connected}: leave it first")
 
 
 @contextmanager

@@ -16,6 +16,9 @@ log = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 
+_PATIENCE = 30.0
+"""Seconds without a sign of any worker after which that is said."""
+
 ATTEMPTS = 3
 """How often a job is tried in all when workers are lost or fail."""
 
@@ -65,6 +68,7 @@ class Crew(Generic[Job]):
         self._busy: dict[Any, _Post[Job]] = {}
         self._attempts: Counter[Job | None] = Counter()
         self._hired = 0
+        self._waits = True
 
     def results(self) -> Generator[tuple[Job, Any], None, None]:
         """Each job with its result, as it is done; closing the generator ends all workers."""
@@ -73,7 +77,11 @@ class Crew(Generic[Job]):
             for _ in range(min(self._places.total, len(self._work.jobs))):
                 self._hire()
             while self._busy:
-                (stream, *_), _ = ray.wait(list(self._busy), num_returns=1)
+                ready, _ = ray.wait(list(self._busy), num_returns=1, timeout=_PATIENCE)
+                if not ready:
+                    self._say_that_nobody_came()
+                    continue
+                (stream,) = ready
                 post = self._busy[stream]
                 try:
                     event = ray.get(next(stream))
@@ -103,6 +111,12 @@ class Crew(Generic[Job]):
             for post in self._busy.values():
                 ray.kill(post.actor)
 
+    def _say_that_nobody_came(self) -> None:
+        """Once, while no worker has found room; later ones may wait for long without harm."""
+        if self._waits and all(post.job is None for post in self._busy.values()):
+            log.warning("waiting for room on the Ray cluster: other work has its processors or GPUs")
+            self._waits = False
+
     def _hire(self) -> None:
         """Ask for one more worker; it comes when there is room."""
         places = self._places
@@ -129,15 +143,18 @@ class Crew(Generic[Job]):
         """A worker died, or its job failed: the job goes to another worker, unless it is refused or tried too often."""
         self._ray.kill(post.actor)
         cause = getattr(error, "cause", None)
-        if isinstance(cause, FastsitchError):
+        if isinstance(cause, FastsitchError) and cause.exit_code == FastsitchError.exit_code:
             raise cause from None
         lines = str(cause or error).strip().splitlines() or [type(error).__name__]
         what = "starting a worker" if post.job is None else self._work.name(post.job)
         self._attempts[post.job] += 1
         if self._attempts[post.job] == ATTEMPTS:
-            if isinstance(cause, Exception):
+            if isinstance(cause, FastsitchError):
                 raise cause from None
-            raise FailedError(f"{what} failed {ATTEMPTS} times on the Ray cluster: {lines[0]}")
+            kind = f"{type(cause).__name__}: " if isinstance(cause, Exception) else ""
+            raise FailedError(
+                f"{what} failed {ATTEMPTS} times on the Ray cluster, last on {post.place}: {kind}{lines[0]}"
+            )
         log.warning("%s failed on %s (%s): trying it again", what, post.place, lines[0])
         if post.job is not None:
             self._deal.put_back(post.number, post.job)

@@ -171,8 +171,11 @@ def _common_size(files: list[Path], side: int | None) -> tuple[int, int]:
     for file in files:
         with _opened(file) as picture:
             size, mode = picture.size, picture.mode
-        if mode not in _GREY + _COLOUR:
-            raise DataError(f"{file} has pixels of type {mode}: expected 8 bits per channel; convert it first")
+            # Pillow would drop the lower half of the bits of coloured images
+            deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
+        if mode not in _GREY + _COLOUR or deep:
+            kind = f"{mode} with 16 bits" if mode in _COLOUR else mode
+            raise DataError(f"{file} has pixels of type {kind}: expected 8 bits per channel; convert it first")
         grey = mode in _GREY
         if first is None:
             first = (file, size, grey)

@@ -92,7 +92,10 @@ def add_network(
         module = definition.build()
         record = _evaluated(new, definition, module, images, device)
     models = root.models(dataset)
-    with exclusive(models / f"{name}.lock", f"network {name}"):
+    with (
+        exclusive(folder / f"{name.architecture}.lock", f"the definition of {name.architecture}"),
+        exclusive(models / f"{name}.lock", f"network {name}"),
+    ):
         existing = read_record(models, name)
         if record is not None and existing is not None and not force:
             if (existing.weights_hash, existing.definition) != (record.weights_hash, definition):
@@ -100,7 +103,12 @@ def add_network(
                     f"{name} has other weights already on {existing.dataset} ({existing.recipe['name']}): use --force "
                     f"to replace them, or another seed, such as {name.architecture}@{name.seed + 1}"
                 )
-            record, module = existing, None
+            if (existing.data_hash, existing.normalisation) == (record.data_hash, record.normalisation):
+                record, module = existing, None
+        # again, now that nobody else adds it
+        known = None if force else read_definition(folder, name.architecture)
+        if known is not None:
+            _require_same(name, known, definition)
         write_definition(folder, name.architecture, definition)
         if record is not None and module is not None:
             save_network(models, module, record)

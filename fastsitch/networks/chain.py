@@ -95,11 +95,12 @@ class Chain(nn.Module):
         if isinstance(positions, str):
             positions = [part.strip() for part in positions.split(",") if part.strip()]
         example_input = _as_weights(example_input, [model])
-        if isinstance(model, nn.Sequential):
-            known = [name for name, _ in model.named_children()]
+        # one with a forward of its own is more than its children
+        if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+            known = [name for name, _ in _children(model)]
             names = known[:-1] if positions is None else [name for name in known if name in positions]
             if names and (positions is None or set(positions) <= set(known)):
-                return cls.from_segments(*_pieces(model, names), example_input, layouts)
+                return cls.from_segments(*_pieces(model, names), example_input, layouts).eval()
         parts = cut_module(model, example_input, positions)
         size = (channels, height, width)
         return cls(parts.segments, parts.head, parts.names, size, {**parts.layouts, **(layouts or {})})
@@ -143,11 +144,16 @@ class Chain(nn.Module):
         return chain
 
 
+def _children(model: nn.Sequential) -> list[tuple[str, nn.Module]]:
+    """All children in the order in which they run; named_children leaves out those that were there before."""
+    return [(name, child) for name, child in model._modules.items() if child is not None]
+
+
 def _pieces(model: nn.Sequential, names: Sequence[str]) -> tuple[list[nn.Module], list[str], nn.Module]:
     """The children of a network up to each of those named, and the others, which are the head."""
     segments: list[nn.Module] = []
     collected: list[nn.Module] = []
-    for name, child in model.named_children():
+    for name, child in _children(model):
         collected.append(child)
         if name in names:
             segments.append(nn.Sequential(*collected))

@@ -215,6 +215,5 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
             f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: train it again with --force"
         )
     if record.data_hash != dataset.hash:
-        raise NetworkError(
-            f"{dataset.name} has changed since {record.name} was trained on it: train it again with --force"
-        )
+        remedy = "add it again with the same --weights" if "weights" in record.recipe else "train it again with --force"
+        raise NetworkError(f"{dataset.name} has changed since {record.name} was trained on it: {remedy}")

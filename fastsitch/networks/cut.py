@@ -55,7 +55,14 @@ class CutGraph:
         with torch.no_grad():
             self.logits = _run(model, self.example)
             self.trace: Trace = trace_module(model)
-            self.seen = [_values(self.trace, self.example[:images]) for images in SIZES]
+            try:
+                self.seen = [_values(self.trace, self.example[:images]) for images in SIZES]
+            # the network's own code, on a path that the tracer took
+            except Exception as error:
+                raise NetworkError(
+                    f"cannot cut a {self}: what was traced of it does not run ({first_line(error)}); name its parts "
+                    "yourself: Chain.from_segments(segments, names, head, example_input)"
+                ) from error
         self.data = self._data()
         self.order = {node: index for index, node in enumerate(self.data)}
         self.cuts = _crossed(self.data, self.order)

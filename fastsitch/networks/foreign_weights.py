@@ -33,7 +33,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise NetworkError(f"--weights {path} cannot be read ({error.strerror or error})") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _UNREADABLE as error:
         # torch's own words advise to unpickle whatever there is
         raise NetworkError(
             f"--weights {path} holds no weights that can be read safely ({type(error).__name__}): expected "
@@ -51,6 +51,20 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             f"own or under {', '.join(_NESTS)}"
         )
     return dict(content)
+
+
+_UNREADABLE = (
+    SafetensorError,
+    pickle.UnpicklingError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+)
+"""What the readers raise for files that are something else: torch takes a text for the steps of a pickle."""
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], origin: Path) -> None:

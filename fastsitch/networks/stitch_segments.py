@@ -222,7 +222,13 @@ class _NormLayer(nn.Module):
 
 def norm_weights(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> dict[str, NormWeights]:
     """Every BatchNorm layer of a segment by name; raises NetworkError for a kind other than nn.BatchNorm2d."""
-    layers = {name: module for name, module in segment.named_modules() if isinstance(module, _BatchNorm)}
+    named = segment.named_modules(remove_duplicate=False)
+    layers = {name: module for name, module in named if isinstance(module, _BatchNorm)}
+    if len({id(layer) for layer in layers.values()}) < len(layers):
+        raise NetworkError(
+            f"--receiver-bn batch: a BatchNorm layer serves in many places ({', '.join(layers)}): expected one for "
+            "each; use --receiver-bn frozen"
+        )
     for layer in layers.values():
         if not isinstance(layer, nn.BatchNorm2d):
             raise NetworkError(

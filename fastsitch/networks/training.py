@@ -256,6 +256,11 @@ def fit_network(
             x = transform.apply(train.images[index], views)
             with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
                 logits = chain(x)
+            if not isinstance(logits, Tensor):
+                raise NetworkError(
+                    f"{name} gives a {type(logits).__name__} while it is trained: expected logits (B, classes); build "
+                    "it without auxiliary outputs, in a factory of your own"
+                )
             loss = F.cross_entropy(logits.float(), train.labels[index])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -115,19 +115,14 @@ def panels_figure(grid: Sequence[Sequence[Panel]], style: Style, *, title: str =
     # titles of neighbours must not meet
     least = 5.0 if len(widths) > 1 else 0.0
     # names of positions stand on the left, and slanted below
-    beside, below = (
-        max(1.5, base + inches * max(len(name) for panel in panels for name in names(panel)))
-        for base, inches, names in (
-            (0.95, 0.07, lambda panel: panel.sender_positions),
-            (1.15, 0.045, lambda panel: panel.receiver_positions),
-        )
-    )
+    beside = max(1.5, 0.95 + 0.07 * max(len(name) for panel in panels for name in panel.sender_positions))
+    below = max(1.5, 1.15 + 0.045 * max(len(name) for panel in panels for name in panel.receiver_positions))
     size = (
         0.9 + sum(max(beside + _CELL * width, least) for width in widths),
         (0.4 if title else 0) + sum(below + _CELL * height for height in heights),
     )
     # the layout's own margin cuts what is written upwards
-    margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)  # type: ignore[no-untyped-call]
+    margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
     figure = Figure(figsize=size, layout=margins)
     axes = figure.subplots(len(heights), len(widths), squeeze=False, width_ratios=widths, height_ratios=heights)
     for row, line in zip(axes, grid, strict=True):

@@ -14,6 +14,11 @@ log = logging.getLogger(__name__)
 WARM_UP = 3
 """Steps that run as they are: they compile, allocate what lasts, and make the optimizer's state."""
 
+MOST_REFUSALS = 3
+"""Steps of so many groups that could not be recorded are enough: this process tries no more."""
+
+_refusals: list[str] = []
+
 Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 """record(work): a replay, and the tensor into which it writes what ``work`` returns."""
 
@@ -31,6 +36,8 @@ class RecordedStep:
     def __init__(self, step: Callable[[Batch], Tensor], device: torch.device, record: Record | None = None) -> None:
         self._step = step
         self._record = _recorder(device) if record is None else record
+        if len(_refusals) >= MOST_REFUSALS:
+            self._record = None
         self._replay: Callable[[Batch], Tensor] | None = None
         self._place: object = None
         self._calls = 0
@@ -53,7 +60,9 @@ class RecordedStep:
             # without this object, which will hold the replay: memory goes with the last reference, not at some time
             replay, loss = self._record(lambda: step(batch.of(index, labels)))
         except RuntimeError as error:
-            log.info("steps are not recorded as a CUDA graph (%s)", str(error).strip().split("\n")[0])
+            reason = str(error).strip().split("\n")[0]
+            log.warning("steps are not recorded as a CUDA graph, which makes them slower (%s)", reason)
+            _refusals.append(reason)
             self._record = None
             return None
 

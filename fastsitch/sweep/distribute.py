@@ -131,7 +131,7 @@ class UnitStation:
         torch_device = resolve_device(device)
         configure(torch_device)
         dataset = load_dataset(run.config.dataset, root.data_dir)
-        networks = Networks(root, dataset, torch_device)
+        networks = Networks(root, dataset, torch_device, run)
         self._execution = Execution(root, run, dataset, networks, torch_device, missing)
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from fastsitch.activations.ordered import OrderedSplit
 from fastsitch.activations.source import Source
 from fastsitch.advice import command
 from fastsitch.data import Dataset, Transform
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, RunError
 from fastsitch.machine import (
     DTYPES,
 )
@@ -216,9 +216,13 @@ def count_cells(run: Run, units: Iterable[PlannedUnit]) -> int:
 
 
 class Networks:
-    """Networks of one data set, each loaded once and, as a receiver, frozen once."""
+    """Networks of one data set, each loaded once and, as a receiver, frozen once.
 
-    def __init__(self, root: Root, dataset: Dataset, device: torch.device) -> None:
+    Those of a ``run`` that began earlier have to be the ones it began with: RunError otherwise.
+    """
+
+    def __init__(self, root: Root, dataset: Dataset, device: torch.device, run: Run | None = None) -> None:
+        self._run = run
         self._folder = root.models(dataset.name)
         self.dataset = dataset
         self._device = device
@@ -229,6 +233,13 @@ class Networks:
         if name not in self._loaded:
             network = load_network(self._folder, name)
             require_fit(network.record, self.dataset)
+            began = None if self._run is None else self._run.networks.get(name)
+            if began is not None and network.record.weights_hash != began.weights_hash:
+                assert self._run is not None
+                raise RunError(
+                    f"{name} is not what run {self._run.name!r} began with: it was trained again, or this machine "
+                    "builds it otherwise; use another --run name, or the same versions everywhere"
+                )
             self._loaded[name] = network
         return self._loaded[name]
 
