@@ -27,7 +27,7 @@ fix: $(READY)
 paper-small paper-medium: paper-%: $(READY)
 	$(BIN)/fastsitch paper --scale $* --root paper-$*/fastsitch-data --out paper-$*
 
-# three families of networks, stitched with each other
+# three families of networks, stitched with each other: docs/families.md
 NAMES := R1111,mobilenet,vit
 PLACE := --root families/fastsitch-data
 families: $(READY)
@@ -38,9 +38,13 @@ families: $(READY)
 	$(BIN)/fastsitch train mobilenet vit --epochs 10 $(PLACE)
 	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --recipe small --epochs 1 \
 		--run families $(PLACE)
-	$(BIN)/fastsitch export families --out families $(PLACE)
-	$(BIN)/fastsitch plot families --out families $(PLACE)
-	$(BIN)/fastsitch plot families --figure overview --out families $(PLACE)
+	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --recipe small --epochs 1 \
+		--settings R2T --run families-random $(PLACE)
+	for run in families families-random; do \
+		$(BIN)/fastsitch export $$run --out families $(PLACE) && \
+		$(BIN)/fastsitch plot $$run --out families $(PLACE) && \
+		$(BIN)/fastsitch plot $$run --figure overview --out families $(PLACE) || exit 1; \
+	done
 
 # every kernel, configuration, dtype, geometry and target; check builds a covering part
 kernels-full: $(READY)
