@@ -266,8 +266,9 @@ def test_images_and_accuracies_are_those_of_the_saved_stitches(place: Path, tmp_
                 assert abs(accuracy - arrays[f"{variant}_accuracy"][i]) <= 2.5 / 80
                 pixels = stitched[[3, 17]].permute(0, 2, 3, 1).numpy() * std + mean
                 np.testing.assert_allclose(arrays[variant][i], pixels.clip(0, 1), atol=0.03)
-                outside = float(((pixels < 0) | (pixels > 1)).mean())
-                assert arrays[f"{variant}_clamped"][i] == pytest.approx(outside, abs=0.05)
+                # rounding by no more than the pixels' own tolerance moves those at the edge out or in
+                least, most = (float(((pixels < edge) | (pixels > 1 - edge)).mean()) for edge in (-0.03, 0.03))
+                assert least <= arrays[f"{variant}_clamped"][i] <= most
             # whatever was clamped is now black or white to the bit
             extreme = ((arrays[variant] == 0) | (arrays[variant] == 1)).mean((1, 2, 3, 4))
             np.testing.assert_allclose(arrays[f"{variant}_clamped"], extreme, atol=1e-3)

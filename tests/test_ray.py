@@ -179,7 +179,9 @@ def test_local_and_distributed_runs_continue_each_other(root: Path) -> None:
 
 
 def test_an_interrupted_driver_ends_its_cluster(root: Path) -> None:
-    with short_folder() as place, sweeping(root, "interrupted", "--ray", TMPDIR=str(place)) as driver:
+    # so long that it does not end before the signal comes
+    line = ["--ray", "--epochs", "100"]
+    with short_folder() as place, sweeping(root, "interrupted", *line, TMPDIR=str(place)) as driver:
         wait_for_units(driver, root, "interrupted", 1)
         driver.send_signal(signal.SIGINT)
         _, errors = driver.communicate(timeout=PATIENCE)
