@@ -40,6 +40,9 @@ class Root:
         ``activations`` in the root). Raises ConfigError when the root is a file, or a bucket that is named cannot be
         reached; one that the environment names is not looked for before a store is.
         """
+        for option, given in (("--root", path), ("--data-dir", data_dir), ("--activations", activations)):
+            if given is not None and not os.fspath(given):
+                raise ConfigError(f"{option} is empty: expected the name of a folder")
         named = os.fspath(activations) if activations else os.environ.get("FASTSITCH_ACTIVATIONS", "")
         root = Path(path or os.environ.get("FASTSITCH_ROOT") or DEFAULT_ROOT)
         if root.exists() and not root.is_dir():

@@ -277,6 +277,23 @@ def test_weights_of_data_that_changed_are_measured_anew(
     assert run_here("precompute", "mine", "--dataset", name).returncode == 0
 
 
+def test_a_network_whose_train_returns_nothing_is_added_and_trained(
+    few: str, run_here: RunHere, tmp_path: Path
+) -> None:
+    """A common slip of those who keep BatchNorm frozen."""
+    (tmp_path / "slip.py").write_text(
+        "from torch import nn\n\n\nclass Slip(nn.Module):\n    def __init__(self, classes):\n"
+        "        super().__init__()\n        self.stem = nn.Conv2d(3, 4, 8, 8)\n"
+        "        self.last = nn.Linear(64, classes)\n\n"
+        "    def train(self, mode=True):\n        super().train(mode)\n\n"
+        "    def forward(self, x):\n        return self.last(self.stem(x).flatten(1))\n\n\n"
+        "def small(classes):\n    return Slip(classes)\n"
+    )
+    for line in (["add", "slip", "--from", f"{tmp_path}/slip.py:small"], ["train", "slip", "--epochs", "1"]):
+        ended = run_here(*line, "--dataset", few)
+        assert ended.returncode == 0, ended.stderr
+
+
 def test_a_network_without_anything_to_train_is_refused(few: str, run_here: RunHere, tmp_path: Path) -> None:
     (tmp_path / "still.py").write_text(
         "from torch import nn\n\n\ndef small(classes):\n"

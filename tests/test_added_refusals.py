@@ -47,6 +47,9 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "from torch import nn\n\n\ndef small():\n    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))\n"
         "    nn.init.constant_(net[1].weight, float('nan'))\n    return net\n"
     )
+    (tmp_path / "lazy.py").write_text(
+        "from torch import nn\n\n\ndef small():\n    return nn.Sequential(nn.Flatten(), nn.LazyLinear(10))\n"
+    )
     (tmp_path / "other.py").write_text("def small():\n    return 3\n")
     (tmp_path / "decides.py").write_text(
         "from torch import nn\n\n\nclass Decides(nn.Module):\n    def forward(self, x):\n"
@@ -68,6 +71,7 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "no position": ([source, "--positions", ","], "no position named for Net"),
         "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least as many"),
         "first weights": ([f"{tmp_path}/nowhere.py:small"], r"first weights that are not finite \(1\.weight\)"),
+        "lazy": ([f"{tmp_path}/lazy.py:small"], "has lazy modules: expected weights; run the network once"),
         "outputs": ([f"{tmp_path}/dict.py:small"], r"expected logits \(B, classes\), found dict"),
         "mean alone": ([source, "--mean", "0.5"], r"--mean 0.5 --std \(none\): expected both"),
         "two means": ([source, "--mean", "0.5,0.5", "--std", "1"], "one number or three"),

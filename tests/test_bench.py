@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,6 +129,26 @@ def test_no_speed_is_reported_when_accuracies_differ(monkeypatch: pytest.MonkeyP
         FailedError, match=r"no speed is reported: after 24 steps .* cell \(\d, 3\) has accuracy 0\.\d+"
     ):
         check.accuracy_agreement(problem, {check.TUNED: 0.0})
+
+
+def test_a_processor_on_which_torch_convolves_wrongly_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Found on one with AMX; here the fault is made wherever the tests run."""
+    convolve = torch.nn.functional.conv2d
+
+    def convolve_with(x: Tensor, weight: Tensor, stride: int, fault: float) -> Tensor:
+        return convolve(x.float(), weight.float(), stride=stride).to(x.dtype) * (
+            fault if x.dtype != torch.float32 else 1
+        )
+
+    for fault in (1.0, 0.3):
+        monkeypatch.setattr(torch.nn.functional, "conv2d", partial(convolve_with, fault=fault))
+        if fault == 1.0:
+            check.require_right_convolutions(CPU)
+            continue
+        with pytest.raises(
+            FailedError, match=r"in bf16 wrongly on this processor .*ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"
+        ):
+            check.require_right_convolutions(CPU)
 
 
 def test_cells_across_the_matrix_meet_every_position_and_kind() -> None:

@@ -146,6 +146,7 @@ SWEEP = ["sweep", "--senders", "R1111", "--receivers", "R1112"]
         (["list", "--root", "/etc/hostname"], "--root /etc/hostname is a file: expected a folder"),
         ([*SWEEP, "--root", "ROOT", "--run", ""], "--run '': expected letters, digits"),
         ([*SWEEP, "--root", "ROOT", "--dry-run"], "fewer than one batch of 256 images"),
+        (["precompute", "R1111", "--root", "ROOT", "--activations", ""], "--activations is empty: expected the name"),
         (["train", "R1111", "--root", "/proc/x"], "/proc/x: No such file or directory: expected a place that"),
         (["precompute", "R1111", "--root", "ROOT", "--activations", "s3:/b"], "--activations s3:/b: expected a folder"),
         ([*SWEEP, "--root", "ROOT", "--epochs", "1e12"], "--epochs 1000000000000: expected a number above 0"),

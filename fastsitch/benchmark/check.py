@@ -33,6 +33,30 @@ single cells of narrow networks in bf16, but below 0.002 in the mean."""
 OURS, TUNED = "fastsitch", "tuned loop"
 
 
+_ROUNDING = 0.05
+"""Relative error of a convolution in bf16 beyond which it is no rounding: 0.002 is usual."""
+
+
+def require_right_convolutions(device: torch.device) -> None:
+    """Raise FailedError where torch computes the peers' stitches wrongly in bf16.
+
+    With torch 2.14 and processors that have AMX it does, for 16 and 24 channels and kernels of 4x4 and more without
+    overlap; the engine computes stitches as matrix products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in ((64, 16, 32, 32), (16, 16, 4, 4))
+    )
+    true = torch.nn.functional.conv2d(x.float(), weight.float(), stride=4)
+    error = (torch.nn.functional.conv2d(x, weight, stride=4).float() - true).norm() / true.norm()
+    if not error <= _ROUNDING:
+        raise FailedError(
+            f"no speed is reported: this torch computes convolutions of 4x4 pixels in bf16 wrongly on this processor "
+            f"(by {100 * error.item():.0f} %), and the ways to compare with need them; set "
+            "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, or use --precision fp32"
+        )
+
+
 class Way(Protocol):
     """One way to train cells: a step of all of them per batch of image indices; parameters so far."""
 

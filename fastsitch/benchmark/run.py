@@ -9,7 +9,13 @@ from typing import Any
 import torch
 
 from fastsitch.benchmark.ceilings import Ceiling, measure_ceiling
-from fastsitch.benchmark.check import Agreement, accuracy_agreement, exact_errors, peer_names
+from fastsitch.benchmark.check import (
+    Agreement,
+    accuracy_agreement,
+    exact_errors,
+    peer_names,
+    require_right_convolutions,
+)
 from fastsitch.benchmark.config import BenchConfig
 from fastsitch.benchmark.groups import GroupMeasure, default_group_sizes, fits, measure_groups
 from fastsitch.benchmark.memory import copy_bandwidth, scratch_place, store_speeds
@@ -87,6 +93,8 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
 
     scratch = scratch_place(root.path)
     tell("check", 0, 2)
+    if dtype == torch.bfloat16:
+        require_right_convolutions(torch_device)
     exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
     problem = _problem(config, dtype, torch_device, kernel, compiled == "on")
     tell("check", 1, 2)

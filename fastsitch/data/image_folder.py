@@ -77,9 +77,7 @@ class ImageFolder:
                 raise DataError(
                     f"{path} has no folder {part}/: expected train/ and test/, one folder per class in each"
                 )
-        classes, tested = (
-            tuple(sorted(own.name for own in (path / part).iterdir() if own.is_dir())) for part in ("train", "test")
-        )
+        classes, tested = (_class_names(path / part) for part in ("train", "test"))
         for part, own, other, others in (("test", tested, "train", classes), ("train", classes, "test", tested)):
             extra = [name for name in own if name not in others]
             if extra:
@@ -138,6 +136,11 @@ class ImageFolder:
 
         shown: Image.Image = functional.center_crop(functional.resize(picture, [self.side]), [self.side])
         return shown
+
+
+def _class_names(folder: Path) -> tuple[str, ...]:
+    """The folders in it, but for hidden ones."""
+    return tuple(sorted(own.name for own in folder.iterdir() if own.is_dir() and not own.name.startswith(".")))
 
 
 def _require_only_classes(folder: Path) -> None:

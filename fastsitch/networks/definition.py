@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastsitch.data import Normalisation
 from fastsitch.errors import ConfigError, NetworkError
@@ -98,6 +99,8 @@ def define(
         raise NetworkError(
             f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one for each class"
         )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise NetworkError(f"{source.text} has lazy modules: expected weights; run the network once in the factory")
     wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if wrong:
         raise NetworkError(f"{source.text} gives first weights that are not finite ({wrong[0]}): expected finite ones")

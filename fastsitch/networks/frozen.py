@@ -261,7 +261,9 @@ class _AutogradHead:
 
 def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A copy of a module in eval mode, all of it in ``dtype``, that asks for no gradients."""
-    return copy.deepcopy(module).to(device, dtype).eval().requires_grad_(False)
+    frozen = copy.deepcopy(module).to(device, dtype)
+    frozen.eval()
+    return frozen.requires_grad_(False)
 
 
 def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:

@@ -60,7 +60,10 @@ class ModelSource:
             generator.set_state(state)
         if not isinstance(made, nn.Module):
             raise NetworkError(f"{self.text} gives a {type(made).__name__}: expected an nn.Module")
-        return made.float().cpu().eval()
+        made = made.float().cpu()
+        # a train() of its own need not return anything
+        made.eval()
+        return made
 
     def _from_file(self, classes: int, input_shape: Size) -> Any:
         location, _, name = self.text.rpartition(":")

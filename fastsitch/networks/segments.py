@@ -33,7 +33,8 @@ def cut_module(model: nn.Module, example_input: Tensor, positions: Sequence[str]
     network cannot be cut.
     """
     (model,) = copies([model])
-    graph = CutGraph(model.eval(), example_input)
+    model.eval()
+    graph = CutGraph(model, example_input)
     points = graph.default() if positions is None else graph.choose(positions)
     ends = [graph.trace.input, *(point.node for point in points), graph.data[-1]]
     with torch.no_grad():

@@ -185,7 +185,8 @@ def train_network(
         accuracy, loss = evaluate_network(network, on_device.test, draft.transform)
         if loss != loss or loss == float("inf"):
             raise FailedError(f"{name} diverged: its test loss is {loss}; try --recipe published or another --width")
-        network = network.cpu().eval()
+        network = network.cpu()
+        network.eval()
         weights_hash = tensors_hash(network.state_dict())
         record = replace(draft, accuracy=accuracy, loss=loss, weights_hash=weights_hash)
         save_network(folder, network, record)
