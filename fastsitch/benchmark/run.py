@@ -93,9 +93,9 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
 
     scratch = scratch_place(root.path)
     tell("check", 0, 2)
+    exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
     if dtype == torch.bfloat16:
         require_right_convolutions(torch_device)
-    exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
     problem = _problem(config, dtype, torch_device, kernel, compiled == "on")
     tell("check", 1, 2)
     agreements = accuracy_agreement(problem, exact)
