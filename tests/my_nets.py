@@ -1,4 +1,4 @@
-"""A user's file with a factory ``small``; its default positions are stem, body.0, body.2."""
+"""A user's file with factories: the default positions of ``small`` are stem, body.0, body.2; the others have faults."""
 
 from torch import nn
 
@@ -26,3 +26,36 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+def two(classes):
+    return Two(classes)
+
+
+def slip(classes):
+    return Slip(classes)
+
+
+class Plain(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 8, 8)
+        self.last = nn.Linear(64, classes)
+
+    def forward(self, x):
+        return self.last(self.stem(x).flatten(1))
+
+
+class Two(Plain):
+    """Logits with company in training, as torchvision's googlenet has them."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return (logits, logits) if self.training else logits
+
+
+class Slip(Plain):
+    """Without ``return self``: a common slip of those who keep BatchNorm frozen."""
+
+    def train(self, mode=True):
+        super().train(mode)

@@ -241,16 +241,10 @@ def test_a_torchvision_network_and_its_weights_are_what_torchvision_makes(tmp_pa
     assert len(chain.positions) == 9
 
 
-def test_logits_with_company_in_training_are_refused_in_one_line(few: str, run_here: RunHere, tmp_path: Path) -> None:
-    """As torchvision's googlenet has them."""
-    (tmp_path / "two.py").write_text(
-        "from torch import nn\n\n\nclass Two(nn.Module):\n    def __init__(self, classes):\n"
-        "        super().__init__()\n        self.stem = nn.Conv2d(3, 4, 8, 8)\n"
-        "        self.last = nn.Linear(64, classes)\n\n"
-        "    def forward(self, x):\n        y = self.last(self.stem(x).flatten(1))\n"
-        "        return (y, y) if self.training else y\n\n\ndef small(classes):\n    return Two(classes)\n"
-    )
-    assert run_here("add", "two", "--from", f"{tmp_path}/two.py:small", "--dataset", few).returncode == 0
+def test_logits_with_company_in_training_are_refused_in_one_line(
+    factory: Path, few: str, run_here: RunHere, tmp_path: Path
+) -> None:
+    assert run_here("add", "two", "--from", f"{factory}:two", "--dataset", few).returncode == 0
     ended = run_here("train", "two", "--epochs", "1", "--dataset", few)
     assert ended.returncode == 2
     assert "two gives a tuple while it is trained: expected logits (B, classes); build it without" in ended.stderr
@@ -277,19 +271,8 @@ def test_weights_of_data_that_changed_are_measured_anew(
     assert run_here("precompute", "mine", "--dataset", name).returncode == 0
 
 
-def test_a_network_whose_train_returns_nothing_is_added_and_trained(
-    few: str, run_here: RunHere, tmp_path: Path
-) -> None:
-    """A common slip of those who keep BatchNorm frozen."""
-    (tmp_path / "slip.py").write_text(
-        "from torch import nn\n\n\nclass Slip(nn.Module):\n    def __init__(self, classes):\n"
-        "        super().__init__()\n        self.stem = nn.Conv2d(3, 4, 8, 8)\n"
-        "        self.last = nn.Linear(64, classes)\n\n"
-        "    def train(self, mode=True):\n        super().train(mode)\n\n"
-        "    def forward(self, x):\n        return self.last(self.stem(x).flatten(1))\n\n\n"
-        "def small(classes):\n    return Slip(classes)\n"
-    )
-    for line in (["add", "slip", "--from", f"{tmp_path}/slip.py:small"], ["train", "slip", "--epochs", "1"]):
+def test_a_network_whose_train_returns_nothing_is_added_and_trained(factory: Path, few: str, run_here: RunHere) -> None:
+    for line in (["add", "slip", "--from", f"{factory}:slip"], ["train", "slip", "--epochs", "1"]):
         ended = run_here(*line, "--dataset", few)
         assert ended.returncode == 0, ended.stderr
 
