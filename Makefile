@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check fix paper-small paper-medium families kernels-full gpu clean
+.PHONY: demo test quick check docs notebook fix paper-small paper-medium families kernels-full gpu clean
 
 demo: $(READY)
 	$(BIN)/fastsitch demo --out demo
@@ -12,12 +12,24 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
+# what one runs while editing
+quick: $(READY)
+	$(BIN)/python -m pytest -m 'not (kill or cluster or bucket or slow)'
+
 check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python bench/compile_report.py
-	$(MAKE) test
+	$(MAKE) docs test
+
+# the documentation, in site/; a warning is an error. NO_MKDOCS_2_WARNING: the theme's advertisement
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+# runs the notebook and fails where a cell does; ARGS=--write keeps the new output
+notebook: $(READY)
+	$(BIN)/python examples/run_notebook.py $(ARGS)
 
 fix: $(READY)
 	$(BIN)/ruff check --fix .
@@ -29,21 +41,21 @@ paper-small paper-medium: paper-%: $(READY)
 
 # three families of networks, stitched with each other: docs/families.md
 NAMES := R1111,mobilenet,vit
-PLACE := --root families/fastsitch-data
+ROOT := --root families/fastsitch-data
 families: $(READY)
-	$(BIN)/fastsitch add vit --from docs/families/vit.py:small $(PLACE)
+	$(BIN)/fastsitch add vit --from docs/families/vit.py:small $(ROOT)
 	$(BIN)/fastsitch add mobilenet --from torchvision:mobilenet_v3_small \
-		--positions features.0.2,features.1,features.3,features.6,features.8,features.11 $(PLACE)
-	$(BIN)/fastsitch train R1111 --width 16 --epochs 8 $(PLACE)
-	$(BIN)/fastsitch train mobilenet vit --epochs 10 $(PLACE)
+		--positions features.0.2,features.1,features.3,features.6,features.8,features.11 $(ROOT)
+	$(BIN)/fastsitch train R1111 --width 16 --epochs 8 $(ROOT)
+	$(BIN)/fastsitch train mobilenet vit --epochs 10 $(ROOT)
 	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --recipe small --epochs 1 \
-		--run families $(PLACE)
+		--run families $(ROOT)
 	$(BIN)/fastsitch sweep --senders $(NAMES) --receivers $(NAMES) --recipe small --epochs 1 \
-		--settings R2T --run families-random $(PLACE)
+		--settings R2T --run families-random $(ROOT)
 	for run in families families-random; do \
-		$(BIN)/fastsitch export $$run --out families $(PLACE) && \
-		$(BIN)/fastsitch plot $$run --out families $(PLACE) && \
-		$(BIN)/fastsitch plot $$run --figure overview --out families $(PLACE) || exit 1; \
+		$(BIN)/fastsitch export $$run --out families $(ROOT) && \
+		$(BIN)/fastsitch plot $$run --out families $(ROOT) && \
+		$(BIN)/fastsitch plot $$run --figure overview --out families $(ROOT) || exit 1; \
 	done
 
 # every kernel, configuration, dtype, geometry and target; check builds a covering part
@@ -61,4 +73,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info demo paper-small paper-medium families .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info demo paper-small paper-medium families .pytest_cache .mypy_cache .ruff_cache

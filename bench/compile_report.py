@@ -24,7 +24,7 @@ import torch
 import triton
 
 import fastsitch.kernels
-from fastsitch.kernels.choose import override_config
+from fastsitch.kernels.choose_tiles import override_config
 from fastsitch.kernels.launch import Launch
 from fastsitch.kernels.offline import SHARED, compile_launch
 from fastsitch.kernels.shapes import StitchShape

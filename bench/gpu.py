@@ -25,25 +25,26 @@ import numpy as np
 import torch
 
 import fastsitch
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.store import ActivationStore
-from fastsitch.benchmark.ours import Engine
-from fastsitch.benchmark.problem import make_problem
-from fastsitch.cli.bench import sections
-from fastsitch.kernels.record import record
+from fastsitch.benchmark.bench_pair import make_bench_pair
+from fastsitch.benchmark.timed_engine import Engine
+from fastsitch.cli.bench_text import sections
+from fastsitch.kernels.cuda_graph import record
 from fastsitch.machine import configure, versions
+from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import load_network
-from fastsitch.networks.compiled import compile_blocks
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.names import NetworkName
+from fastsitch.receivers.compiled_blocks import compile_blocks
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
-from fastsitch.stitching.bank import StitchBank
 from fastsitch.stitching.cascade import Cascade
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import stitch_optimizer, train_step
-from fastsitch.stitching.recorded import WARM_UP, RecordedStep
-from fastsitch.sweep.config import STITCH_RECIPES
+from fastsitch.stitching.recipe import STITCH_RECIPES
+from fastsitch.stitching.recorded_step import WARM_UP, RecordedStep
+from fastsitch.stitching.stitch_bank import StitchBank
+from fastsitch.timing import median_seconds
 
 MEAN_BOUND, CELL_BOUND = 0.01, 0.06
 """Largest difference of accuracies between the devices: in the mean over cells, and for a single cell. bf16 rounding
@@ -149,7 +150,7 @@ def recorded(root: Path) -> dict[str, Any]:
             "ok": bool(np.array_equal(matrices["plain"], matrices["recorded"]) and recordings),
         }
         print(name, found[name], flush=True)
-    return {"ways": found, "ok": all(own["ok"] for own in found.values())}
+    return {"ways": found, "ok": all(sweep["ok"] for sweep in found.values())}
 
 
 @contextmanager
@@ -165,7 +166,7 @@ def patch_recorder(on: bool) -> Iterator[list[int]]:
 
         return count if on else None
 
-    with patch("fastsitch.stitching.recorded._recorder", recorder):
+    with patch("fastsitch.stitching.recorded_step._recorder", recorder):
         yield made
 
 
@@ -196,29 +197,26 @@ def one_epoch(root: Path) -> dict[str, Any]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
         index = torch.arange(recipe.batch_size, device=device)
-        plain = median_seconds(lambda: train_step(cascade, bank, source.train.batch(index), optimizer))
+        plain = median_step_seconds(lambda: train_step(cascade, bank, source.train.batch(index), optimizer))
         step = RecordedStep(lambda batch: train_step(cascade, bank, batch, optimizer), device)
         for batch in batches[: WARM_UP + 1]:
             step(batch)
-        replayed = median_seconds(lambda: step(source.train.batch(index)))
+        replayed = median_step_seconds(lambda: step(source.train.batch(index)))
     return {"ok": True, "steps": len(batches), "step_seconds": plain, "recorded_step_seconds": replayed}
 
 
-def median_seconds(work: Callable[[], object]) -> float:
-    """Of 20 calls in a row, 5 times."""
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+def median_step_seconds(step: Callable[[], object]) -> float:
+    """Of 20 steps in a row, 5 times."""
+
+    def steps() -> None:
         for _ in range(20):
-            work()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) / 20)
-    return sorted(times)[2]
+            step()
+
+    return median_seconds(steps, torch.device("cuda")) / 20
 
 
 def kernels() -> dict[str, Any]:
-    """The kernels' own checks and timings, in a process of their own."""
+    """Checks and timings of the kernels, in a process of their own."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "kernels.json"
         script = Path(__file__).with_name("gpu_kernels.py")
@@ -232,8 +230,8 @@ def micro_batches(root: Path) -> dict[str, Any]:
     device, found = torch.device("cuda"), {}
     configure(device)
     for images in (2048, 1024, 512, 256):
-        with patch("fastsitch.networks.compiled.micro_batch", lambda device, images=images: images):
-            problem = make_problem(
+        with patch("fastsitch.receivers.compiled_blocks.micro_batch", lambda device, images=images: images):
+            pair = make_bench_pair(
                 "R1111",
                 "R1111",
                 width=64,
@@ -246,11 +244,11 @@ def micro_batches(root: Path) -> dict[str, Any]:
                 compiled=True,
             )
             for seeds in (1, 4):
-                cells = [cell for seed in range(seeds) for cell in problem.cells_of(seed)]
-                engine, batches = Engine(problem, cells), problem.batches(1)
+                cells = [cell for seed in range(seeds) for cell in pair.cells_of(seed)]
+                engine, batches = Engine(pair, cells), pair.batches(1)
                 engine.run(batches * (WARM_UP + 1))
                 name = f"{images} images, {len(cells)} cells"
-                found[name] = median_seconds(partial(engine.run, batches))
+                found[name] = median_step_seconds(partial(engine.run, batches))
                 print(name, found[name], flush=True)
     return {"ok": True, "step_seconds": found}
 

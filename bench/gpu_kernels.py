@@ -28,10 +28,10 @@ import triton
 from torch import Tensor
 
 from fastsitch.kernels import space_to_depth, stitch_grad, stitch_out
-from fastsitch.kernels.choose import forward_plan, grad_plan
+from fastsitch.kernels.choose_tiles import forward_plan, grad_plan
 from fastsitch.kernels.reference import conv_weight
 from fastsitch.kernels.shapes import StitchShape
-from fastsitch.kernels.study import study_launches
+from fastsitch.kernels.study_launches import study_launches
 from fastsitch.kernels.tiles import FORWARD, GRAD, DeviceLimits, device_limits
 from fastsitch.kernels.traffic import Traffic, forward_traffic, grad_traffic
 from fastsitch.kernels.tuning import median_seconds, tune

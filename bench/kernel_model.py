@@ -12,9 +12,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from fastsitch.kernels.choose import forward_plan, grad_plan
+from fastsitch.kernels.choose_tiles import forward_plan, grad_plan
 from fastsitch.kernels.shapes import StitchShape
-from fastsitch.kernels.study import study_launches
+from fastsitch.kernels.study_launches import study_launches
 from fastsitch.kernels.tiles import H100
 from fastsitch.kernels.traffic import Traffic, forward_traffic, grad_traffic
 

@@ -34,25 +34,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsitch
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import ResidentSplitInOrder, StoredSplitInOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.ordered_split import ResidentSplitInOrder, StoredSplitInOrder
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.files import write_json
 from fastsitch.machine import DTYPES, configure, processor, resolve_device, resolve_kernel, resolve_precision, versions
+from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import load_network
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.names import NetworkName
+from fastsitch.progress import Progress
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
-from fastsitch.stitching.bank import initial_stitch
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.engine import CellResult, StepReport, TrainingRecipe, evaluate_matched, train_group
+from fastsitch.stitching.engine import evaluate_matched, train_group
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.stitching.matching import Matched, match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
-from fastsitch.stitching.schedule import stitch_schedule
-from fastsitch.sweep.config import OPTIMIZERS
+from fastsitch.stitching.recipe import PEAK_RATES, TrainingRecipe
+from fastsitch.stitching.stitch_bank import initial_stitch
+from fastsitch.stitching.stitch_schedule import stitch_schedule
 
 PAIR = ("R1111", "R1112")
 EPOCHS = 4
@@ -75,9 +77,9 @@ class Study:
     def __init__(self, root: Root, dataset: str, seed: int, width: int, device: torch.device) -> None:
         names = [f"{name}@{seed}" for name in PAIR]
         say(f"networks and stores of {dataset}, seed {seed}")
-        place = {"dataset": dataset, "root": root.path, "device": str(device)}
-        fastsitch.train(*names, width=width, **place)
-        fastsitch.precompute(*names, **place)
+        options = {"dataset": dataset, "root": root.path, "device": str(device)}
+        fastsitch.train(*names, width=width, **options)
+        fastsitch.precompute(*names, **options)
         self.device, self.seed = device, seed
         self.precision = resolve_precision("auto", device)
         self.dtype = DTYPES[self.precision]
@@ -93,7 +95,7 @@ class Study:
         self.cells = [Cell(unit, i, j) for i in positions[0] for j in positions[1]]
 
     def recipe(self, epochs: float, optimizer: str = "sgd") -> TrainingRecipe:
-        lr = OPTIMIZERS[optimizer]
+        lr = PEAK_RATES[optimizer]
         recipe = TrainingRecipe(name="paper", epochs=epochs, batch_size=64, lr=lr, momentum=0.9, weight_decay=0.01)
         return replace(recipe, optimizer=optimizer)
 
@@ -113,8 +115,8 @@ class Study:
         """Train all cells in one batch; the last step's report ends the training, what follows is evaluation."""
         marks = []
 
-        def tell(step: StepReport) -> None:
-            if step.step == step.steps:
+        def mark_end(progress: Progress) -> None:
+            if progress.done == progress.total:
                 self.synchronize()
                 marks.append(time.perf_counter())
 
@@ -123,7 +125,7 @@ class Study:
         recipe = self.recipe(epochs, optimizer)
         results, total = self.timed(
             lambda: train_group(
-                self.receiver, self.source, self.cells, recipe, order, kernel=self.kernel, init=init, report=tell
+                self.receiver, self.source, self.cells, recipe, order, kernel=self.kernel, init=init, report=mark_end
             )
         )
         training = marks[-1] - start
@@ -242,10 +244,10 @@ def published(study: Study, part: Json, save: Callable[[], None]) -> None:
     for number, cell in enumerate(study.cells):
         key = f"{cell.i},{cell.j}"
         if len(matched) * BETWEEN <= number:
-            own = {name: study.from_matched(epochs=epochs) for name, epochs in BESIDE.items()}
-            matched.append(own)
+            results = {name: study.from_matched(epochs=epochs) for name, epochs in BESIDE.items()}
+            matched.append(results)
             save()
-            for name, result in own.items():
+            for name, result in results.items():
                 say(f"  matched start, {name}: {result['mean_accuracy']:.4f} after {result['seconds']:.1f} s")
         if key not in cells:
             plain = PublishedCell(study, cell)
@@ -261,12 +263,12 @@ def published(study: Study, part: Json, save: Callable[[], None]) -> None:
     part |= {"seconds": seconds, "mean_accuracy": accuracy}
     say(f"  {accuracy:.4f} after {seconds:.1f} s")
     for name in BESIDE:
-        own = {key: spread([every[name][key] for every in matched]) for key in ("seconds", "mean_accuracy")}
-        ratio = seconds / own["seconds"]["median"]
-        reached = own["mean_accuracy"]["min"] >= accuracy
+        spreads = {key: spread([results[name][key] for results in matched]) for key in ("seconds", "mean_accuracy")}
+        ratio = seconds / spreads["seconds"]["median"]
+        reached = spreads["mean_accuracy"]["min"] >= accuracy
         bars = {"as_accurate": reached, "times_sooner": ratio >= BARS["times_sooner_at_least"]}
-        part[name] = {"matched": own, "times_sooner": ratio, "bars": bars}
-        say(f"  {name}: {own['mean_accuracy']['median']:.4f}, {ratio:.1f} times sooner")
+        part[name] = {"matched": spreads, "times_sooner": ratio, "bars": bars}
+        say(f"  {name}: {spreads['mean_accuracy']['median']:.4f}, {ratio:.1f} times sooner")
 
 
 def mini(root: Root, images: int | None) -> str:

@@ -14,7 +14,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-OURS = "fastsitch"
+ENGINE = "fastsitch"
 
 
 def label(result: dict[str, Any]) -> str:
@@ -27,17 +27,17 @@ def label(result: dict[str, Any]) -> str:
 
 
 def cost_per_cell(axes: Axes, result: dict[str, Any]) -> None:
-    """Microseconds per image and cell against the group size, with the floor of the bare convolutions."""
+    """Microseconds per image and cell against the group size, with the bare convolutions as its lower bound."""
     groups = result["groups"]
-    sizes = [own["group_size"] for own in groups]
-    costs = [own["cost"]["median"] * 1e6 for own in groups]
-    below = [(own["cost"]["median"] - own["cost"]["min"]) * 1e6 for own in groups]
-    above = [(own["cost"]["max"] - own["cost"]["median"]) * 1e6 for own in groups]
-    samples = [own["cells"] * result["config"]["batch_size"] for own in groups]
-    floor = [own["bare_seconds"]["median"] / count * 1e6 for own, count in zip(groups, samples, strict=True)]
+    sizes = [group["group_size"] for group in groups]
+    costs = [group["cost"]["median"] * 1e6 for group in groups]
+    below = [(group["cost"]["median"] - group["cost"]["min"]) * 1e6 for group in groups]
+    above = [(group["cost"]["max"] - group["cost"]["median"]) * 1e6 for group in groups]
+    samples = [group["cells"] * result["config"]["batch_size"] for group in groups]
+    bare = [group["bare_seconds"]["median"] / count * 1e6 for group, count in zip(groups, samples, strict=True)]
     axes.errorbar(sizes, costs, [below, above], marker="o", capsize=3, label="training step")
     axes.plot(
-        sizes, floor, marker="s", linestyle="--", color="0.4", label="bare convolutions, each over the whole batch"
+        sizes, bare, marker="s", linestyle="--", color="0.4", label="bare convolutions, each over the whole batch"
     )
     axes.set_xscale("log")
     axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -52,21 +52,22 @@ def cost_per_cell(axes: Axes, result: dict[str, Any]) -> None:
 
 def total_cost(axes: Axes, result: dict[str, Any]) -> None:
     """Seconds of a step against the number of cells: the engine as measured, peers in proportion to their cells."""
-    groups = [own for own in result["groups"] if own["group_size"] >= result["unit"]] or result["groups"][-1:]
-    most = max(own["cells"] for own in groups)
+    groups = [group for group in result["groups"] if group["group_size"] >= result["unit"]] or result["groups"][-1:]
+    most = max(group["cells"] for group in groups)
     axes.errorbar(
-        [own["cells"] for own in groups],
-        [own["seconds"]["median"] for own in groups],
+        [group["cells"] for group in groups],
+        [group["seconds"]["median"] for group in groups],
         marker="o",
         color="C3",
-        label=f"{OURS}, one batch",
+        label=f"{ENGINE}, one batch",
         zorder=3,
     )
-    for number, own in enumerate(peer for peer in result["peers"] if not peer["name"].startswith(OURS)):
-        unit, seconds = result["unit"], own["seconds"]["median"]
+    peers = [peer for peer in result["peers"] if not peer["name"].startswith(ENGINE)]
+    for number, peer in enumerate(peers):
+        unit, seconds = result["unit"], peer["seconds"]["median"]
         color = f"C{number if number < 3 else number + 1}"
         axes.plot([unit], [seconds], marker="o", color=color)
-        axes.plot([1, most], [seconds / unit, seconds / unit * most], linestyle="--", color=color, label=own["name"])
+        axes.plot([1, most], [seconds / unit, seconds / unit * most], linestyle="--", color=color, label=peer["name"])
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("cells")

@@ -23,12 +23,12 @@ from numpy.typing import NDArray
 
 import fastsitch
 from fastsitch.analysis.bootstrap import mean_estimate
-from fastsitch.analysis.leftover import Pair, leftover_accuracy
+from fastsitch.analysis.leftover_statistics import Pair, leftover_accuracy
 from fastsitch.files import write_json
 from fastsitch.identity import numpy_generator
 from fastsitch.machine import configure, resolve_device
 from fastsitch.root import Root
-from fastsitch.sweep.results import Run
+from fastsitch.runs.run import Run
 
 Matrices = dict[Pair, NDArray[np.float64]]
 
@@ -48,10 +48,10 @@ def accuracies(run: Run, pairs: list[Pair]) -> Matrices:
 
 def summary(matrices: Matrices, setting: str) -> dict[str, Any]:
     """Means of each region over its finite cells, then over the pairs of a setting."""
-    own = [matrix for pair, matrix in matrices.items() if pair[2] == setting]
+    chosen = [matrix for pair, matrix in matrices.items() if pair[2] == setting]
     found = {}
     for region, cells in REGIONS.items():
-        means = np.array([np.nanmean(matrix[cells]) for matrix in own])
+        means = np.array([np.nanmean(matrix[cells]) for matrix in chosen])
         estimate = mean_estimate(means, numpy_generator("receiver-bn", setting, region))
         found[region] = {"mean": estimate.value, "low": estimate.low, "high": estimate.high, "pairs": len(means)}
     return found
@@ -78,7 +78,11 @@ def main() -> None:
         for name in (options.frozen, options.batch, options.matched)
     )
     leftover = leftover_accuracy(
-        Root.at(options.root), batch, matched, device=device, report=lambda pair: print(*pair, file=sys.stderr)
+        Root.at(options.root),
+        batch,
+        matched,
+        device=device,
+        report=lambda progress: print(progress.note, file=sys.stderr),
     )
     pairs = list(leftover)
     ways = {
@@ -90,14 +94,17 @@ def main() -> None:
     settings = list(dict.fromkeys(pair[2] for pair in pairs))
     result = {setting: {way: summary(matrices, setting) for way, matrices in ways.items()} for setting in settings}
     matrices = {
-        way: {" ".join(map(str, pair)): np.where(np.isfinite(own), own, None).tolist() for pair, own in each.items()}
-        for way, each in ways.items()
+        way: {
+            " ".join(map(str, pair)): np.where(np.isfinite(matrix), matrix, None).tolist()
+            for pair, matrix in by_pair.items()
+        }
+        for way, by_pair in ways.items()
     }
     write_json(options.json, {"recipe": frozen.config.to_dict()["recipe"], "summary": result, "matrices": matrices})
     for setting, each in result.items():
         for way, regions in each.items():
-            for region, own in regions.items():
-                print(f"{setting}  {way:30} {region:46} {own['mean']:.3f} ({own['low']:.3f} to {own['high']:.3f})")
+            for region, mean in regions.items():
+                print(f"{setting}  {way:30} {region:46} {mean['mean']:.3f} ({mean['low']:.3f} to {mean['high']:.3f})")
 
 
 if __name__ == "__main__":

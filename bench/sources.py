@@ -13,29 +13,31 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 
-from fastsitch.activations.live import LiveSource, LiveSplit
-from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.live_source import LiveSource, LiveSplit
 from fastsitch.activations.precompute import ensure_store
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.source import Source
-from fastsitch.activations.store import ActivationStore, StoreIdentity
-from fastsitch.activations.streamed import StreamedSource
-from fastsitch.activations.writer import writing
+from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.store_manifest import StoreIdentity
+from fastsitch.activations.store_writer import writing
+from fastsitch.activations.streamed_source import StreamedSource
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.machine import DTYPES, configure, processor, resolve_device, resolve_precision, versions
+from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import load_network
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.names import NetworkName
 from fastsitch.networks.resnet import SmallResNet
-from fastsitch.networks.training import network_recipe, train_network
+from fastsitch.networks.train_network import network_recipe, train_network
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.engine import TrainingRecipe, train_group
+from fastsitch.stitching.engine import train_group
+from fastsitch.stitching.recipe import TrainingRecipe
+from fastsitch.timing import seconds
 
 NAME = NetworkName.parse("R1111")
 UNIT = Unit(sender="R1111", receiver="R1111", setting="T2T", loss="task", seed=0)
@@ -48,10 +50,10 @@ def training(epochs: int) -> TrainingRecipe:
 def train(source: Source, receiver: FrozenNetwork, epochs: int) -> float:
     """Seconds of training and evaluating all cells."""
     cells = [Cell(UNIT, i, j) for j in range(len(receiver.positions)) for i in range(len(source.shapes))]
-    begun = time.perf_counter()
     with torch.no_grad():
-        train_group(receiver, source, cells, training(epochs), ImageOrder(seed=0))
-    return time.perf_counter() - begun
+        return seconds(
+            lambda: train_group(receiver, source, cells, training(epochs), ImageOrder(seed=0)), receiver.device
+        )
 
 
 def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> dict:
@@ -78,14 +80,14 @@ def speeds(options: argparse.Namespace, folder: Path, device: torch.device) -> d
     times: dict[str, list[float]] = {name: [] for name in sources}
     for round_number in range(options.repeats + 1):
         for name, source in sources.items():
-            seconds = train(source, receiver, options.epochs)
+            took = train(source, receiver, options.epochs)
             # the first round warms up
             if round_number:
-                times[name].append(seconds)
-            print(f"round {round_number}: {name} {seconds:.2f} s", file=sys.stderr, flush=True)
+                times[name].append(took)
+            print(f"round {round_number}: {name} {took:.2f} s", file=sys.stderr, flush=True)
     return {
         "store_bytes": store.bytes,
-        "seconds": {name: spread(own) for name, own in times.items()},
+        "seconds": {name: spread(values) for name, values in times.items()},
         "ratio_to_resident": {
             name: spread([a / b for a, b in zip(times[name], times["resident"], strict=True)])
             for name in sources

@@ -1,1 +1,4 @@
-"""The command line: flags become a configuration, one library call, then text."""
+"""The command line: options become a configuration, one library call, then text.
+
+Signatures need words and paths alone, so that help is there at once; what computes is imported inside the commands.
+"""

@@ -1,6 +1,7 @@
 """The entry point: all commands, and one place where errors become lines and exit codes."""
 
 import errno
+import re
 import signal
 import sys
 import traceback
@@ -10,29 +11,40 @@ from typing import NoReturn
 import typer
 
 from fastsitch import __version__
-from fastsitch.cli import bench, console, images, info, networks, paper, results, work
+from fastsitch.cli import progress_display
+from fastsitch.cli.bench_command import bench
+from fastsitch.cli.demo_command import demo
+from fastsitch.cli.doctor_command import doctor
+from fastsitch.cli.list_command import list_root
+from fastsitch.cli.network_commands import add, precompute, train
 from fastsitch.cli.options import with_addresses
+from fastsitch.cli.paper_command import paper
+from fastsitch.cli.result_commands import compare, export, images, plot, tables
+from fastsitch.cli.sweep_command import sweep
 from fastsitch.errors import FastsitchError
-from fastsitch.machine import out_of_memory
 
 app = typer.Typer(
     name="fastsitch",
-    help="Model stitching at the speed of the hardware.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    # boxes in help, where they show the groups; errors are plain lines
+    rich_markup_mode="markdown",
 )
-for register in (
-    work.register,
-    networks.register,
-    results.register,
-    images.register,
-    bench.register,
-    paper.register,
-    info.register,
-):
-    register(app)
+
+_GROUPS = {
+    "Start": (demo,),
+    "Networks and data": (train, add, precompute),
+    "Stitches": (sweep, paper),
+    "Results": (export, plot, tables, images, compare),
+    "This machine": (bench, list_root, doctor),
+}
+"""Commands in the order of the work."""
+
+for title, commands in _GROUPS.items():
+    for command in commands:
+        name = "list" if command is list_root else command.__name__
+        app.command(name, rich_help_panel=title)(command)
 
 
 def _version(value: bool) -> None:
@@ -50,7 +62,7 @@ def options(
 
 def main() -> None:
     """Run the command line; ends with 0 done, 1 failed while running, 2 bad usage or input."""
-    console.show_log()
+    progress_display.show_log()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _interrupt)
     sys.exit(_run())
@@ -64,19 +76,26 @@ def _run() -> int:
     except typer.Exit as stop:
         return stop.exit_code
     except typer.TyperException as error:
-        return _fail(f"{error.format_message()} (fastsitch --help shows commands and options)", error.exit_code)
+        # without a command, help was shown
+        message = error.format_message()
+        return _fail(_usage(error), error.exit_code) if message else error.exit_code
     except FastsitchError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(error.as_typed(), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.errno in _FULL:
+            where = f"{error.filename}: " if error.filename else ""
+            return _fail(f"{where}{error.strerror}; make room and run the same command again", 1)
         if error.errno not in _REFUSED or not error.filename:
             return _unexpected(error)
-        wanted = "expected a place that can be read and written; see --root, --activations, --data-dir and --out"
-        return _fail(f"{error.filename}: {error.strerror}: {wanted}", 2)
+        if error.errno == errno.EISDIR:
+            return _fail(f"{error.filename} is a folder: expected a file; remove it", 2)
+        wanted = "expected a file or folder that can be read and written; see --root, --activations, --data-dir, --out"
+        return _fail(f"cannot use {error.filename} ({error.strerror}): {wanted}", 2)
     except Exception as error:
         return _unexpected(error)
 
@@ -91,11 +110,33 @@ _REFUSED = (
     errno.EEXIST,
     errno.ENAMETOOLONG,
 )
-"""What the system says of places that are not as a command needs them; a full or failing disk is another matter."""
+"""What the system says of files that are not as a command needs them; a full or failing disk is another matter."""
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of disks, quotas and limits that are reached."""
+
+
+_CHOICE = re.compile(r"Invalid value for '([^']*)': (?:Value error, )?'(.*)' is not one of (.*?)\.?", re.DOTALL)
+
+
+def _usage(error: typer.TyperException) -> str:
+    """What typer says of a wrong command line, in the form of all other refusals."""
+    message = error.format_message()
+    wrong = _CHOICE.fullmatch(message)
+    if wrong is None:
+        context = getattr(error, "ctx", None)
+        if context is None or context.parent is None:
+            return f"{message} (fastsitch --help shows the commands)"
+        return f"{message} (fastsitch {context.info_name} --help shows the options)"
+    option, value, choices = wrong.groups()
+    return f"{option} {value}: expected one of {choices.replace(chr(39), '')}"
 
 
 def _unexpected(error: Exception) -> int:
     """A bug or a failing machine: one line, unless the traceback is wanted."""
+    from fastsitch.machine import out_of_memory
+
     if out_of_memory(error):
         reason = str(error).strip().split("\n")[0]
         return _fail(f"out of memory: try a smaller --batch-size, --memory or --source streamed ({reason})", 1)
@@ -111,14 +152,21 @@ def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _interrupted() -> int:
-    return _fail("interrupted; what is finished is kept, the same command does the rest", 1)
+    return _fail("interrupted; finished units are saved, run the same command to resume", 1)
 
 
 def _fail(message: str, code: int) -> int:
-    if console.debugging():
+    if progress_display.debugging():
         traceback.print_exc()
-    sys.stderr.write(f"fastsitch: {message}\n")
+    # a path, or what somebody typed, may be as long as a page, and command the terminal
+    message = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
+    message = re.sub(r"\S{400,}", lambda found: f"{found[0][:200]}...", message)
+    sys.stderr.write(f"fastsitch: {message[:_LONGEST]}\n")
     return code
+
+
+_LONGEST = 5000
+"""Letters of a message; a list of the positions of a large network takes some thousands."""
 
 
 if __name__ == "__main__":

@@ -8,48 +8,87 @@ one shape; H W C sender height, width, channels; P Q D receiver height, width, c
 stitch's GEMM. Tensors are channels-last in memory.
 """
 
-from fastsitch.analysis.compare import compare_run
-from fastsitch.analysis.error_files import read_errors
-from fastsitch.analysis.errors import StitchErrors
-from fastsitch.api import (
-    add,
-    bench,
-    configure_sweep,
-    estimate,
-    images,
-    load_dataset,
-    measure_errors,
-    open_run,
-    precompute,
-    sweep,
-    train,
-)
-from fastsitch.cluster.cluster import Cluster
-from fastsitch.errors import FastsitchError
-from fastsitch.networks.chain import Chain, Position
-from fastsitch.networks.layout import Layout
-from fastsitch.paper.run import estimate_paper, paper
-from fastsitch.report.choose import plot_figures
-from fastsitch.report.heatmap import plot_run
-from fastsitch.sweep.by_hand import StitchedPair, stitch
-from fastsitch.sweep.export import export_run
-from fastsitch.sweep.results import Run
+import os
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+# torch's threads spin while they wait for each other. Beside another busy program they would spin while the thread that
+# they wait for is not even running: after so many turns they sleep. It is read when torch is loaded.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+if TYPE_CHECKING:
+    from fastsitch.analysis.compare_published import compare_run
+    from fastsitch.analysis.stitch_error_files import read_errors
+    from fastsitch.analysis.stitch_errors import StitchErrors
+    from fastsitch.api_networks import add, load_dataset, precompute, train
+    from fastsitch.api_runs import bench, configure_sweep, estimate, images, measure_errors, open_run, sweep
+    from fastsitch.chains.chain import Chain
+    from fastsitch.chains.layout import Layout
+    from fastsitch.chains.position import Position
+    from fastsitch.cluster.cluster import Cluster
+    from fastsitch.data import Dataset, Normalisation, Split, Transform
+    from fastsitch.errors import FastsitchError
+    from fastsitch.execution.stitch_pair import StitchedPair, stitch
+    from fastsitch.kernels.reference import conv_weight
+    from fastsitch.progress import Progress
+    from fastsitch.report.heatmap import plot_run
+    from fastsitch.report.plot_figures import plot_figures
+    from fastsitch.runs.export import export_run
+    from fastsitch.runs.run import Run
+    from fastsitch.stitching.cells import Cell, Unit
+    from fastsitch.study.run_study import estimate_paper, paper
+
+_HOMES = {
+    "analysis.compare_published": ("compare_run",),
+    "analysis.stitch_error_files": ("read_errors",),
+    "analysis.stitch_errors": ("StitchErrors",),
+    "api_networks": ("add", "load_dataset", "precompute", "train"),
+    "api_runs": ("bench", "configure_sweep", "estimate", "images", "measure_errors", "open_run", "sweep"),
+    "chains.chain": ("Chain",),
+    "chains.layout": ("Layout",),
+    "chains.position": ("Position",),
+    "cluster.cluster": ("Cluster",),
+    "data": ("Dataset", "Normalisation", "Split", "Transform"),
+    "errors": ("FastsitchError",),
+    "execution.stitch_pair": ("StitchedPair", "stitch"),
+    "kernels.reference": ("conv_weight",),
+    "progress": ("Progress",),
+    "report.heatmap": ("plot_run",),
+    "report.plot_figures": ("plot_figures",),
+    "runs.export": ("export_run",),
+    "runs.run": ("Run",),
+    "stitching.cells": ("Cell", "Unit"),
+    "study.run_study": ("estimate_paper", "paper"),
+}
+"""Where each public name is defined. A module is imported when something of it is used, and torch with it."""
+
+_HOME_OF = {name: f"fastsitch.{module}" for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Cell",
     "Chain",
     "Cluster",
+    "Dataset",
     "FastsitchError",
     "Layout",
+    "Normalisation",
     "Position",
+    "Progress",
     "Run",
+    "Split",
     "StitchErrors",
     "StitchedPair",
+    "Transform",
+    "Unit",
     "add",
     "bench",
     "compare_run",
     "configure_sweep",
+    "conv_weight",
     "estimate",
     "estimate_paper",
     "export_run",
@@ -66,3 +105,15 @@ __all__ = [
     "sweep",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'fastsitch' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

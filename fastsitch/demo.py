@@ -1,22 +1,21 @@
 """The main job from nothing: two networks, their stitches, matrices and heat maps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsitch import api
 from fastsitch.analysis.triangle import triangle
-from fastsitch.data import DEFAULT_DATASET
+from fastsitch.api_networks import precompute, train
+from fastsitch.api_runs import sweep
+from fastsitch.files import output_folder
+from fastsitch.progress import Report, ignore
 from fastsitch.report.heatmap import plot_run
-from fastsitch.sweep.export import export_run
-from fastsitch.sweep.results import Run
+from fastsitch.runs.export import export_run
+from fastsitch.runs.run import Run
+from fastsitch.vocabulary import DEFAULT_DATASET
 
 SENDER, RECEIVER = "R1111", "R1112"
 EPOCHS = 8
 """Epochs of network training: enough for the pattern to be clear, short enough for a laptop."""
-
-Report = Callable[[str, str, float, float], None]
-"""report(what, unit, done, total)."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +27,14 @@ class DemoResult:
 
 
 def run_demo(
-    out: Path, *, root: Path, width: int = 16, device: str = "auto", report: Report | None = None
+    out: Path, *, root: Path | str, width: int = 16, device: str = "auto", report: Report = ignore
 ) -> DemoResult:
     """Train R1111 and R1112 on the embedded images, stitch them (T2T and R2T), write everything to ``out``.
 
-    What is there already is used again.
+    What is there already is used again. Raises ConfigError, before any work, where ``out`` cannot be a folder.
     """
-    tell: Report = report or (lambda what, unit, done, total: None)
-    records = api.train(
+    out = output_folder(out)
+    records = train(
         SENDER,
         RECEIVER,
         dataset=DEFAULT_DATASET,
@@ -43,17 +42,17 @@ def run_demo(
         epochs=EPOCHS,
         root=root,
         device=device,
-        report=lambda name, step: tell(f"train {name}", "steps", step.step, step.steps),
+        report=report,
     )
-    api.precompute(
+    precompute(
         SENDER,
         f"{SENDER}-random@0",
         dataset=DEFAULT_DATASET,
         root=root,
         device=device,
-        report=lambda name, done, total: tell(f"precompute {name}", "images", done, total),
+        report=report,
     )
-    run = api.sweep(
+    run = sweep(
         [SENDER],
         [RECEIVER],
         dataset=DEFAULT_DATASET,
@@ -61,7 +60,7 @@ def run_demo(
         run="demo",
         root=root,
         device=device,
-        report=lambda step: tell("sweep", "cells", step.cells, step.total),
+        report=report,
     )
     export_run(run, out)
     plot_run(run, out)

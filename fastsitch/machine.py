@@ -1,6 +1,7 @@
 """What this machine can do, and what ``auto`` means on it."""
 
 import ctypes
+import errno
 import gc
 import os
 import platform
@@ -12,13 +13,11 @@ from pathlib import Path
 import torch
 
 from fastsitch import kernels
-from fastsitch.errors import ConfigError
+from fastsitch.errors import ConfigError, argument
+from fastsitch.vocabulary import Compile, Kernel, Precision, require_choice
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 """Names of dtypes as used in options and files. fp64 is for exactness tests and has no option."""
-
-PRECISIONS = ("auto", "bf16", "fp32")
-COMPILE = ("auto", "on", "off")
 
 
 def resolve_device(requested: str) -> torch.device:
@@ -30,12 +29,21 @@ def resolve_device(requested: str) -> torch.device:
     except RuntimeError:
         device = torch.device("meta")
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device {requested!r}: expected auto, cpu, cuda or cuda:N")
+        raise ConfigError(f"{argument('device', requested)}: expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
-            f"device {requested!r} is not there: found {torch.cuda.device_count()} CUDA device(s); use --device cpu"
+            f"{argument('device', requested)}: found {torch.cuda.device_count()} CUDA device(s); use "
+            f"{argument('device', 'cpu')}"
         )
     return device
+
+
+def waiting_policy() -> str:
+    """What the environment says of threads that wait for each other; see ``fastsitch/__init__.py``."""
+    policy, turns = os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT")
+    if policy is not None:
+        return f"as OMP_WAIT_POLICY={policy} says"
+    return "as torch's OpenMP does" if turns is None else f"sleep after {turns} turns (GOMP_SPINCOUNT)"
 
 
 def configure(device: torch.device) -> None:
@@ -59,23 +67,24 @@ def resolve_precision(requested: str, device: torch.device) -> str:
     """``auto`` is bf16 where the device has it natively, otherwise fp32; raises ConfigError."""
     if requested == "auto":
         return "bf16" if native_bf16(device) else "fp32"
+    # fp64 has no option
     if requested not in DTYPES:
-        raise ConfigError(f"precision {requested!r}: expected one of {', '.join(PRECISIONS)}")
+        require_choice("precision", requested, Precision)
     return requested
 
 
-def resolve_kernel(requested: str, device: torch.device) -> str:
+def resolve_kernel(requested: Kernel, device: torch.device) -> Kernel:
     """The implementation of the stitch operator on this device: ``triton`` or ``torch``; raises ConfigError."""
+    require_choice("kernel", requested, Kernel)
     try:
-        return kernels.resolve_kernel(requested, device)
+        return kernels.resolve_kernel(requested, device)  # type: ignore[return-value]
     except ValueError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(f"{argument('kernel', requested)}: {error}") from None
 
 
-def resolve_compile(requested: str, device: torch.device) -> str:
+def resolve_compile(requested: Compile, device: torch.device) -> Compile:
     """``auto`` is on where there is CUDA and off on CPUs, where it brings nothing; raises ConfigError."""
-    if requested not in COMPILE:
-        raise ConfigError(f"compile {requested!r}: expected one of {', '.join(COMPILE)}")
+    require_choice("compile", requested, Compile)
     if requested == "auto":
         return "on" if device.type == "cuda" else "off"
     return requested
@@ -95,8 +104,16 @@ def available_memory(device: torch.device) -> int:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an allocation failed, on the device or on the host."""
-    # the CPU's allocator has no exception of its own
-    texts = ("can't allocate memory", "not enough memory")
+    # the CPU's allocator and oneDNN have no exception of their own, and C code that cannot make one leaves without
+    texts = (
+        "can't allocate memory",
+        "not enough memory",
+        "could not create a primitive",
+        "without exception set",
+        "without setting an exception",
+    )
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in texts)
 
 

@@ -5,14 +5,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastsitch.advice import DEFAULT_ROOT
+from fastsitch.bucket_folder import bucket_folder
 from fastsitch.data import dataset_folder
-from fastsitch.errors import ConfigError
-from fastsitch.networks.names import NetworkName
-from fastsitch.remote import Place, RemoteFolder, reached, remote_folder
-
-STORES = "activations"
-"""The folder of activation stores in a root."""
+from fastsitch.errors import ConfigError, argument
+from fastsitch.files import usable_folder
+from fastsitch.folders import STORES, Folder, LocalFolder
+from fastsitch.network_names import NetworkName
+from fastsitch.vocabulary import DEFAULT_ROOT
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Root:
 
     path: Path
     data_dir: Path
-    stores: Place
+    stores: Folder
 
     @classmethod
     def at(
@@ -40,24 +39,15 @@ class Root:
         ``activations`` in the root). Raises ConfigError when the root is a file, or a bucket that is named cannot be
         reached; one that the environment names is not looked for before a store is.
         """
-        for option, given in (("--root", path), ("--data-dir", data_dir), ("--activations", activations)):
-            if given is not None and not os.fspath(given):
-                raise ConfigError(f"{option} is empty: expected the name of a folder")
-        named = os.fspath(activations) if activations else os.environ.get("FASTSITCH_ACTIVATIONS", "")
-        root = Path(path or os.environ.get("FASTSITCH_ROOT") or DEFAULT_ROOT)
-        if root.exists() and not root.is_dir():
-            raise ConfigError(f"--root {root} is a file: expected a folder, or a name for a new one")
-        data = Path(data_dir or os.environ.get("FASTSITCH_DATA_DIR") or root / "data")
-        return cls(root, data, _stores(named, root / STORES, reach=bool(activations)))
+        named = os.environ.get("FASTSITCH_ACTIVATIONS", "") if activations is None else os.fspath(activations)
+        root = usable_folder("root", os.environ.get("FASTSITCH_ROOT") or DEFAULT_ROOT if path is None else path)
+        data = os.environ.get("FASTSITCH_DATA_DIR") or root / "data" if data_dir is None else data_dir
+        stores = _stores(named, root / STORES, reach=activations is not None)
+        return cls(root, usable_folder("data_dir", data), stores)
 
     def absolute(self) -> "Root":
         """The same root for processes that work elsewhere."""
-        stores = self.stores
-        if isinstance(stores, RemoteFolder):
-            stores = RemoteFolder(stores.url, stores.locks.absolute())
-        else:
-            stores = stores.absolute()
-        return Root(self.path.absolute(), self.data_dir.absolute(), stores)
+        return Root(self.path.absolute(), self.data_dir.absolute(), self.stores.absolute())
 
     def models(self, dataset: str) -> Path:
         return self.path / "models" / dataset_folder(dataset)
@@ -67,16 +57,13 @@ class Root:
 
     @property
     def disk(self) -> Path:
-        """A folder on the disk that stores on a disk take."""
-        return self.stores if isinstance(self.stores, Path) else self.path
+        """A folder on the disk that stores would fill; with stores in a bucket that of the root."""
+        return self.stores.disk or self.path
 
-    def activations(self, dataset: str) -> Place:
-        stores = self.stores
-        if isinstance(stores, RemoteFolder):
-            stores = reached(stores)
-        return stores / dataset_folder(dataset)
+    def activations(self, dataset: str) -> Folder:
+        return self.stores.reached() / dataset_folder(dataset)
 
-    def store(self, dataset: str, network: NetworkName) -> Place:
+    def store(self, dataset: str, network: NetworkName) -> Folder:
         return self.activations(dataset) / str(network)
 
     def runs(self, dataset: str) -> Path:
@@ -86,13 +73,11 @@ class Root:
         return self.runs(dataset) / name
 
 
-def _stores(text: str, default: Path, *, reach: bool) -> Place:
+def _stores(text: str, default: Path, *, reach: bool) -> Folder:
+    """The folder of stores; ``reach`` where an argument names it, which may not be blank then."""
     if "://" in text:
-        folder = remote_folder(text, default)
-        return reached(folder) if reach else folder
-    if re.match(r"\w+:/", text):
-        raise ConfigError(f"--activations {text}: expected a folder, or s3://BUCKET/PREFIX")
-    stores = Path(text) if text else default
-    if stores.exists() and not stores.is_dir():
-        raise ConfigError(f"--activations {stores} is a file: expected a folder, or a name for a new one")
-    return stores
+        folder = bucket_folder(text, default)
+        return folder.reached() if reach else folder
+    if re.match(r"\w+:/|(s3|gs|gcs|az|https?|ftp|file):", text):
+        raise ConfigError(f"{argument('activations', text)}: expected a folder, or s3://BUCKET/PREFIX")
+    return LocalFolder(usable_folder("activations", text) if text or reach else default)

@@ -1,4 +1,4 @@
-"""Checks at the border of the ops: what was expected, what was got."""
+"""Checks of the arguments of the public ops; errors say what was expected and what was got."""
 
 from collections.abc import Sequence
 
@@ -54,7 +54,7 @@ def check_received(name: str, tensor: Tensor, x_SNHWC: Tensor, shape: tuple[int,
 
 
 def check_written(out_KBPQD: Tensor) -> None:
-    """A stitch's output must be one block: that is what a slice of the receiver's batch is."""
+    """Each stitch's output must be contiguous, as it is in a slice of the receiver's batch."""
     expected = 1
     for size, stride in zip(reversed(out_KBPQD.shape[1:]), reversed(out_KBPQD.stride()[1:]), strict=True):
         if size > 1 and stride != expected:
@@ -68,7 +68,7 @@ def check_written(out_KBPQD: Tensor) -> None:
 
 
 def check_gradients(dw_KFD: Tensor, db_KD: Tensor, x_SNHWC: Tensor, shape: tuple[int, int, int]) -> None:
-    """Where gradients are written: any floating dtype, both the same, on the sender's device."""
+    """The outputs of gradients: any floating dtype, the same for both, on the sender's device."""
     if not dw_KFD.is_floating_point() or dw_KFD.dtype != db_KD.dtype:
         raise TypeError(f"dw_KFD, db_KD: expected one floating dtype, got {dw_KFD.dtype} and {db_KD.dtype}")
     for name, tensor in (("dw_KFD", dw_KFD), ("db_KD", db_KD)):
@@ -79,7 +79,7 @@ def check_gradients(dw_KFD: Tensor, db_KD: Tensor, x_SNHWC: Tensor, shape: tuple
 
 
 def check_index_values(index_B: Tensor | None, images: int) -> None:
-    """The indices themselves, on the CPU: elsewhere reading them would make the host wait."""
+    """The values of the indices, on the CPU only: elsewhere reading them would make the host wait."""
     if index_B is None or index_B.device.type != "cpu" or index_B.numel() == 0:
         return
     low, high = (int(value) for value in index_B.aminmax())

@@ -1,4 +1,4 @@
-"""Which kernel runs: the one place that decides."""
+"""Choose the kernel: Triton or torch."""
 
 import logging
 from functools import lru_cache
@@ -9,7 +9,7 @@ import torch
 from fastsitch.kernels.launch import interpreted
 
 KERNELS = ("auto", "triton", "torch")
-# bf16 matrix instructions and asynchronous copies begin here
+# the first with bf16 matrix instructions and asynchronous copies
 SMALLEST_CAPABILITY = (8, 0)
 
 logger = logging.getLogger(__name__)
@@ -19,23 +19,23 @@ logger = logging.getLogger(__name__)
 def resolve_kernel(requested: str, device: torch.device) -> str:
     """``"triton"`` or ``"torch"`` for tensors on ``device``; what ``auto`` picked is logged once per device.
 
-    A kernel asked for by name is used or refused, never replaced. Raises ValueError.
+    A kernel that is named is used or refused, never replaced. Raises ValueError.
     """
     if requested not in KERNELS:
-        raise ValueError(f"kernel: expected one of {', '.join(KERNELS)}, got {requested!r}")
+        raise ValueError(f"expected one of {', '.join(KERNELS)}, got {requested!r}")
     obstacle = _triton_obstacle(device)
     if requested == "auto":
-        # the interpreter is a test tool and meta tensors hold no data: neither is a reason to pick triton
+        # not in the interpreter, which is for tests, nor for meta tensors, which hold no data
         chosen = "triton" if device.type == "cuda" and obstacle is None else "torch"
         logger.info("stitch kernel: auto picks %s on %s%s", chosen, device, f" ({obstacle})" if obstacle else "")
         return chosen
     if requested == "triton" and obstacle is not None:
-        raise ValueError(f"kernel: expected a device that can run triton, got {device}: {obstacle}")
+        raise ValueError(f"expected a device that can run triton, got {device}: {obstacle}")
     return requested
 
 
 def _triton_obstacle(device: torch.device) -> str | None:
-    """Why triton cannot run on the device, if it cannot."""
+    """Why triton cannot run on the device; None if it can."""
     if find_spec("triton") is None:
         return "triton is not installed"
     if device.type == "cuda":

@@ -1,6 +1,6 @@
-"""A launch as data, and what it needs beside its plan.
+"""A launch as data, and what it needs besides its plan.
 
-That the arguments are data lets the compile report build, without a device, exactly what a device would.
+Because the arguments are data, the compile report can build without a device exactly what a device would run.
 """
 
 import os
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsitch.kernels.plan import ColumnTiles
+from fastsitch.kernels.launch_plan import ColumnTiles
 from fastsitch.kernels.shapes import StitchShape
 from fastsitch.kernels.tiles import MOST_REGISTERS, TileConfig
 
 
 def interpreted() -> bool:
-    """Whether triton runs kernels in its interpreter; the variable counts only if set before triton's import."""
-    # the values that triton takes for true
+    """Whether triton runs kernels in its interpreter; the variable must be set before triton is imported."""
+    # the values that triton reads as true
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[object]:
-    """triton launches on the current device, which need not be the tensors'."""
+    """Make ``device`` the current one, on which triton launches whatever the device of the tensors."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -67,6 +67,6 @@ class Launch:
     """Compile-time constants by name, ``num_warps`` and ``num_stages``."""
 
     def run(self, device: torch.device) -> None:
-        """Launch on ``device``, where the tensors among the arguments lie."""
+        """Launch on ``device``, which is that of the tensors among the arguments."""
         with device_guard(device):
             self.kernel[self.grid](*self.arguments, **self.options)

@@ -1,7 +1,7 @@
-"""Compile a launch for a GPU that is not here, and read what came out.
+"""Compile a launch for a GPU that this machine does not have, and inspect the result.
 
-The signature is bound by triton's own binder from the launch's arguments (meta tensors will do), so what is built
-here is what the device would build: the same integer widths, alignments and constants.
+triton's own binder makes the signature from the launch's arguments (meta tensors will do), so the result is what the
+device would build: the same integer widths, alignments and constants.
 """
 
 import linecache
@@ -19,12 +19,12 @@ from triton.runtime.jit import create_function_from_signature
 
 from fastsitch.kernels.launch import Launch
 
-# sm: (shared memory of a processor, the most one program can have), bytes; 1 KiB of each program is the system's
+# by sm: bytes of shared memory of a processor, and of one program at most; the system takes 1 KiB of each program
 SHARED = {80: (164 * 1024, 163 * 1024), 90: (228 * 1024, 227 * 1024), 100: (228 * 1024, 227 * 1024)}
 REGISTERS = 64 * 1024
 THREADS = 2048
 
-# warp-level, warpgroup-level and tensor-memory matrix instructions, as they stand in SASS
+# warp-level, warpgroup-level and tensor-memory matrix instructions in SASS
 TENSOR_CORE = re.compile(r"\b(HMMA|HGMMA|UTC[A-Z]*MMA)\b")
 # global loads and stores and asynchronous copies, with their modifiers
 GLOBAL_ACCESS = re.compile(r"\b(?:LDGSTS|LDG|STG)\b((?:\.\w+)*)")
@@ -35,7 +35,7 @@ TILE_ACCESS = re.compile(r"tl\.(?:load|store)\(p_(?:rows|cols|xf|gy|col|y|w|p)\b
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """What the assembler says of one kernel on one target."""
+    """What the assembler reports about one kernel on one target."""
 
     registers: int
     spill_bytes: int
@@ -44,7 +44,7 @@ class Compiled:
     vector_bytes: int
     """The narrowest access of one thread to a tile in global memory."""
     programs_per_processor: int
-    """How many programs one processor can hold."""
+    """Programs that one processor can hold."""
 
 
 def compile_launch(launch: Launch, sm: int) -> Compiled:
@@ -67,7 +67,7 @@ def _inspect(cubin: bytes, shared: int, warps: int, sm: int) -> Compiled:
         usage = _tool("cuobjdump", "--dump-resource-usage", str(path))
         sass = _tool("nvdisasm", "-g", "-c", str(path))
     registers = int(_field(usage, "REG"))
-    # triton's stack is empty: bytes there, or local memory, are spilled registers
+    # triton uses no stack: bytes there, or in local memory, are spilled registers
     spills = int(_field(usage, "STACK")) + int(_field(usage, "LOCAL"))
     return Compiled(
         registers=registers,
@@ -88,7 +88,7 @@ def occupancy(registers: int, shared: int, warps: int, sm: int) -> int:
 
 
 def _access_bytes(modifiers: str) -> int:
-    """Bytes of one access; without a modifier 4."""
+    """Bytes of one access; 4 without a modifier."""
     for modifier in modifiers.split("."):
         if modifier in ("256", "128", "64"):
             return int(modifier) // 8
@@ -117,9 +117,9 @@ def _tile_accesses(sass: str) -> list[int]:
 
 
 def _here(path: str) -> str:
-    """The same source in this checkout: triton's cache, which goes by content, remembers where it first saw it."""
-    own = Path(__file__).with_name(Path(path).name)
-    return str(own) if own.is_file() else path
+    """The same source in this checkout: triton's cache goes by content, and keeps the path of the first build."""
+    source = Path(__file__).with_name(Path(path).name)
+    return str(source) if source.is_file() else path
 
 
 def _field(usage: str, name: str) -> str:

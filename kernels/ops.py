@@ -1,7 +1,7 @@
 """The registered ops, and the public functions that check their arguments and call them.
 
 ``fastsitch::stitch_out`` and ``fastsitch::stitch_grad`` write into their arguments and have no autograd formula
-(torch refuses one for such ops): the engine calls them from its own backward. ``fastsitch::grouped_stitch`` is
+(torch refuses one for such ops): the engine calls them in its backward pass. ``fastsitch::grouped_stitch`` is
 functional, with autograd.
 """
 
@@ -156,8 +156,8 @@ def stitch_out(
     Stitch k reads ``x_SNHWC[source[k]]``; ``index_B`` (int64) picks the batch's images, None takes all N. All
     tensors share one dtype and device; each stitch's output is contiguous, the inputs may have any strides.
     Stitches that share a sender run as one wider GEMM where they are neighbours in ``source``. Indices are checked on
-    the CPU only: on a GPU reading them would make the host wait, and one out of range is undefined there.
-    Raises ValueError or TypeError that say what was expected and got.
+    the CPU only: on a GPU reading them would make the host wait, and an index out of range is undefined behaviour.
+    Raises ValueError or TypeError.
     """
     checks.check_stitches(x_SNHWC, w_KFD, b_KD, source, index_B, down, up)
     shape = checks.received_shape(x_SNHWC, b_KD.shape[1], source, index_B, down, up)
@@ -182,7 +182,7 @@ def stitch_grad(
 
     ``g_KBPQD`` is the gradient of the receiver's batch, in x's dtype; the gradients may have any floating dtype,
     usually that of the master weights. There is none for x: the sender is frozen. Deterministic.
-    Raises ValueError or TypeError that say what was expected and got.
+    Raises ValueError or TypeError.
     """
     checks.check_sender(x_SNHWC, source, index_B, down, up)
     receiver_channels = db_KD.shape[-1]
@@ -194,10 +194,10 @@ def stitch_grad(
 
 
 def stitch_functions(kernel: str) -> tuple[Callable[..., None], Callable[..., None]]:
-    """:func:`stitch_out` and :func:`stitch_grad` for callers that use them many times a second.
+    """:func:`stitch_out` and :func:`stitch_grad` for callers that call them many times a second.
 
-    With ``torch`` the functions themselves, without the checks and the registered op around them, which on a CPU cost
-    more than small stitches do.
+    For ``torch`` these are the bare functions, without checks and registered ops, which on a CPU cost more than small
+    stitches do.
     """
     if kernel == "torch":
         return torch_path.stitch_out, torch_path.stitch_grad
@@ -217,7 +217,7 @@ def grouped_stitch(
 ) -> Tensor:
     """Apply K stitches and return (K, B, P, Q, D); differentiable in ``w_KFD`` and ``b_KD``.
 
-    The arguments are those of :func:`stitch_out`. Raises ValueError or TypeError that say what was expected and got.
+    The arguments are those of :func:`stitch_out`. Raises ValueError or TypeError.
     """
     checks.check_stitches(x_SNHWC, w_KFD, b_KD, source, index_B, down, up)
     if x_SNHWC.requires_grad:
@@ -227,7 +227,7 @@ def grouped_stitch(
 
 
 def _resolve(kernel: str, x_SNHWC: Tensor) -> str:
-    """The path for these tensors; decided inside the ops, where tracing does not reach."""
+    """The kernel for these tensors; chosen inside the ops, which are not traced."""
     path = resolve_kernel(kernel, x_SNHWC.device)
     if path == "triton" and x_SNHWC.dtype == torch.float64:
         raise TypeError("kernel triton: expected bfloat16, float16 or float32, got torch.float64; use kernel='torch'")

@@ -1,4 +1,4 @@
-"""The definition: each stitch as the plain convolution it stands for, one after the other."""
+"""The reference: one stitch after the other, each as the plain convolution that defines it."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,18 @@ from torch import Tensor
 
 
 def conv_weight(w_FD: Tensor, down: int) -> Tensor:
-    """A stitch's GEMM weight (F, D), features ordered (ky, kx, c), as a conv weight (D, C, down, down)."""
+    """A stitch's weight as that of a convolution, to be used in torch.
+
+    Args:
+        w_FD: weight (F, D), features ordered (ky, kx, c), as stitches are kept.
+        down: by how much the stitch scales down, in each direction; 1 where it keeps the size or scales up.
+
+    Returns:
+        The same values, a view (D, C, down, down) with C = F / down².
+
+    Raises:
+        RuntimeError: F is no multiple of down².
+    """
     features, receiver_channels = w_FD.shape
     channels = features // (down * down)
     return w_FD.view(down, down, channels, receiver_channels).permute(3, 2, 0, 1)
@@ -32,7 +43,7 @@ def grouped_stitch_reference(
     """Apply K stitches and return (K, B, P, Q, D).
 
     Stitch k reads sender position ``x_SNHWC[source[k]]``; ``index_B`` (int64) picks the batch's images from the N
-    in memory, None takes them all. Differentiable in every argument. Source: DESIGN, "The stitch".
+    in memory, None takes them all. Differentiable in every argument.
     """
     outputs = []
     for k, position in enumerate(source):

@@ -1,4 +1,4 @@
-"""The sizes of one grouped stitch: all that a launch, a tile configuration or a cost depends on."""
+"""The sizes of one grouped stitch, on which launches, tile configurations and costs depend."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class StitchShape:
     """Whether the images are picked by an index."""
 
     def __post_init__(self) -> None:
-        # rows are counted in 32 bits, with room for a last tile that reaches beyond them
+        # rows are counted in 32 bits, and the last tile may reach beyond them
         if self.rows >= 2**31 - 2**10:
             raise ValueError(f"expected fewer than 2^31 rows (images x height x width), got {self.rows}")
 

@@ -33,9 +33,9 @@ class TileConfig:
 
     @property
     def registers(self) -> int:
-        """Registers per thread that leave room for ``resident`` programs; the assembler is told, or it spills a few."""
+        """Registers per thread with which ``resident`` programs fit; without this limit the assembler spills a few."""
         share = REGISTER_FILE // (32 * self.warps * self.resident)
-        # they are handed out in eights
+        # registers are allocated in units of eight
         return min(MOST_REGISTERS, share // 8 * 8)
 
     @property
@@ -46,18 +46,18 @@ class TileConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceLimits:
-    """What a choice needs to know of a device."""
+    """The properties of a device on which choices depend."""
 
     name: str
     processors: int
     """Streaming multiprocessors."""
     shared_bytes: int
-    """Shared memory that one program can have."""
+    """Of shared memory, for one program."""
     l2_bytes: int
 
 
 H100 = DeviceLimits(name="NVIDIA H100", processors=132, shared_bytes=227 * 1024, l2_bytes=50 * 1024 * 1024)
-"""Stands in where there is no device: the interpreter, the compile report, the traffic model."""
+"""Used where there is no device: in the interpreter, the compile report and the traffic table."""
 
 FORWARD = "stitch_forward"
 GRAD = "stitch_grad"
@@ -76,9 +76,9 @@ CONFIGS: dict[str, tuple[TileConfig, ...]] = {
         TileConfig(block_m=32, block_n=64, block_f=64, warps=4, stages=3, resident=3),
     ),
 }
-"""The candidates per kernel, at most four each."""
+"""The candidates of each kernel, at most four."""
 
-# what a program that is short of registers can have of accumulators per thread and of rows or features per step
+# limits of a program that is short of registers: accumulators per thread, and rows or features per step
 HUNGRY_ACCUMULATORS = 32
 HUNGRY_STEP = 32
 

@@ -1,7 +1,7 @@
-"""The stitches of one geometry class in plain torch: the path of the CPU, and of CUDA when asked for by name.
+"""The stitches of one geometry class in plain torch: used on the CPU, and on CUDA where it is named.
 
 One GEMM per stitch at source resolution, written straight into the receiver's batch. Neither function has an
-autograd formula: the engine calls the second from its own backward pass.
+autograd formula: the engine calls the second in its backward pass.
 """
 
 from collections.abc import Sequence

@@ -1,12 +1,12 @@
-"""Bytes and products of a launch: what the design moves through memory, and what nothing could avoid.
+"""Bytes and products of a launch: what the kernels move through memory, and what no kernel could avoid.
 
 The unavoidable bytes: every sender row that is used, every weight and every gradient read once, every output
-written once. The designed bytes add what the launch reads again because L2 cannot hold it, and fp32 partials.
+written once. The designed bytes add what the kernels read again because L2 cannot hold it, and fp32 partials.
 """
 
 from dataclasses import dataclass
 
-from fastsitch.kernels.plan import L2_SHARE, ForwardPlan, GradPlan, cdiv, segments
+from fastsitch.kernels.launch_plan import L2_SHARE, ForwardPlan, GradPlan, cdiv, segments
 from fastsitch.kernels.shapes import StitchShape
 from fastsitch.kernels.tiles import DeviceLimits
 
@@ -23,7 +23,7 @@ class Traffic:
     designed_bytes: int
     minimum_bytes: int
     flops: int
-    """Products and sums that are needed."""
+    """Multiplications and additions that are needed."""
     tile_bytes: int
     """What all programs load and store, padding included: the load on L2."""
     tile_flops: int

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
-"""What the Triton kernels share: where a row and a feature lie in memory, and which stitch a column belongs to.
+"""Shared by the Triton kernels: where a row and a feature are in memory, and which stitch a column belongs to.
 
 Names: i_ program index, o_ offsets, m_ mask, p_ pointer, b_ tile.
 """
@@ -52,7 +52,7 @@ def stitch_columns(p_tile, i_t, D: tl.constexpr, BLOCK_N: tl.constexpr):
     p_row = p_tile + i_t * 4
     i_s = tl.load(p_row).to(tl.int64)
     i_k = tl.load(p_row + 1)
-    # products with constants: through them the compiler sees what divides the columns, and vectorises
+    # products with constants show the compiler what divides the columns, so that it vectorises
     o_n = tl.load(p_row + 2) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.load(p_row + 3) * D
     o_k = (i_k + o_n // D).to(tl.int64)
@@ -63,7 +63,7 @@ def stitch_columns(p_tile, i_t, D: tl.constexpr, BLOCK_N: tl.constexpr):
 def round_to(b_y, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     """Cast fp32 to ``dtype``, to nearest even."""
     if INTERPRET and dtype == tl.bfloat16:
-        # the interpreter cuts the bits off: round them away before, as the hardware does
+        # the interpreter truncates: round before, as the hardware does
         b_u = b_y.to(tl.uint32, bitcast=True)
         b_u = (b_u + 0x7FFF + ((b_u >> 16) & 1)) & 0xFFFF0000
         b_y = tl.where(b_y == b_y, b_u.to(tl.float32, bitcast=True), b_y)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsitch.kernels.choose import forward_plan
+from fastsitch.kernels.choose_tiles import forward_plan
 from fastsitch.kernels.launch import Launch, tile_options, tile_table
 from fastsitch.kernels.shapes import stitch_shape
 from fastsitch.kernels.tiles import device_limits

@@ -11,15 +11,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastsitch.kernels.choose import grad_plan
+from fastsitch.kernels.choose_tiles import grad_plan
 from fastsitch.kernels.launch import Launch, interpreted, tile_options, tile_table
-from fastsitch.kernels.plan import GradPlan, cdiv
+from fastsitch.kernels.launch_plan import GradPlan, cdiv
 from fastsitch.kernels.shapes import StitchShape, stitch_shape
 from fastsitch.kernels.tiles import device_limits
 from fastsitch.kernels.triton_common import grid_cell, round_to, sender_features, sender_rows, stitch_columns
 
 REDUCE_BLOCK = 1024
-# rows of the bias accumulator: few enough for registers, enough that a thread adds only what it holds
+# rows of the bias accumulator: few enough for registers, enough that each thread adds only its registers
 BIAS_ROWS = tl.constexpr(16)
 
 
@@ -164,7 +164,7 @@ def grad_launches(
     device = x_SNHWC.device
     shape = stitch_shape(x_SNHWC, db_KD.shape[1], source, index_B, down, up)
     if up * max(g_KBPQD.stride(2), g_KBPQD.stride(3)) >= 2**31:
-        # the kernel steps through the cells of a source pixel in 32 bits; only exotic layouts need more
+        # the kernel steps through the cells of a source pixel in 32 bits; only unusual layouts need more
         g_KBPQD = g_KBPQD.contiguous()
     plan = grad_plan(shape, device_limits(device))
     if plan.splits == 1:

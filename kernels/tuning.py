@@ -1,5 +1,7 @@
-"""Choose tile configurations by timing them. On CUDA only, and only when called: timings differ from run to run,
-and with them the order of fp32 sums, so that a run which must be repeatable keeps the model's choice or stores this.
+"""Choose tile configurations by timing them, on CUDA.
+
+Only when called: timings differ from time to time, and the choice changes the order of fp32 sums. A run that must be
+repeatable keeps the predicted choice, or stores this one.
 """
 
 from collections.abc import Callable
@@ -7,26 +9,26 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsitch.kernels.choose import choose, override_config, remember
-from fastsitch.kernels.record import record
+from fastsitch.kernels.choose_tiles import choose, override_config, remember
+from fastsitch.kernels.cuda_graph import record
 from fastsitch.kernels.shapes import StitchShape
 from fastsitch.kernels.tiles import TileConfig, candidates, device_limits
 
 WARM_UP = 3
 REPEATS = 20
-# larger than any L2, so that no repetition finds the last one's data there
+# larger than any L2, so that no repetition finds the data of the last one there
 FLUSH_BYTES = 256 * 1024 * 1024
 
 
 def tune(kernel: str, shape: StitchShape, device: torch.device, launch: Callable[[], None]) -> TileConfig:
     """Time every candidate of ``kernel`` by running ``launch``, remember the fastest for ``shape`` and return it.
 
-    Raises ValueError away from CUDA.
+    Raises ValueError on other devices than CUDA.
     """
     if device.type != "cuda":
         raise ValueError(f"expected a CUDA device to time kernels on, got {device}")
     limits = device_limits(device)
-    # first the model's choice: a tie keeps it
+    # the predicted choice first: a tie keeps it
     first = choose(kernel, shape, limits)
     ordered = [first, *(config for config in candidates(kernel, shape, limits) if config != first)]
     seconds = {}
@@ -41,7 +43,7 @@ def tune(kernel: str, shape: StitchShape, device: torch.device, launch: Callable
 def median_seconds(
     launch: Callable[[], None], device: torch.device, repeats: int = REPEATS, *, recorded: bool = True
 ) -> float:
-    """Median time of ``launch`` on the device, with a cold L2; ``recorded``: without Python's time to launch it."""
+    """Median time of ``launch`` on the device with a cold L2; ``recorded``: without the time of launching in Python."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device)
     with torch.cuda.device(device):
         for _ in range(WARM_UP):

@@ -1,38 +1,26 @@
-"""Shared pieces: real images in small numbers, small networks, and the command line as a user runs it."""
+"""Fixtures: a few real images, small networks, and the command line as a user runs it."""
 
+import logging
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastsitch.cli import main
+from fastsitch.cli import main, progress_display
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.identity import torch_generator
-from fastsitch.networks.names import BLOCKS
+from fastsitch.network_names import BLOCKS
 from fastsitch.networks.resnet import SmallResNet, initialise
+from tests.processes import Ended, RunningCommand
 
 torch.set_num_threads(1)
 
-Command = Callable[..., subprocess.CompletedProcess[str]]
-
-
-@dataclass
-class Ended:
-    """What a command left: exit code, output, and error lines."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-RunHere = Callable[..., Ended]
+Command = Callable[..., Ended]
 
 
 @pytest.fixture(scope="session")
@@ -93,21 +81,43 @@ def network(
 
 
 @pytest.fixture
-def run_cli(tmp_path: Path) -> Command:
-    """Run ``fastsitch`` in an empty working directory, as a user would; returns the finished process."""
-    place = tmp_path / "work"
-    place.mkdir()
+def run_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run ``fastsitch`` as a user would, in an empty working directory, but in this process.
 
-    def run(*arguments: str | Path, cwd: Path = place) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            cli_line(*arguments),
-            cwd=cwd,
-            env=cli_environment(),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+    Importing torch takes longer than most of the work.
+    """
+    (tmp_path / "work").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path / "work")
+    for name in [name for name in os.environ if name.startswith("FASTSITCH_")]:
+        monkeypatch.delenv(name)
+    logger = logging.getLogger("fastsitch")
+
+    def run(*arguments: str | Path) -> Ended:
+        capsys.readouterr()
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["fastsitch", *map(str, arguments)])
+            # what show_log changes is as it was afterwards
+            patch.setattr(logger, "handlers", logger.handlers)
+            patch.setattr(logger, "propagate", logger.propagate)
+            level = logger.level
+            progress_display.show_log()
+            try:
+                code = main._run()
+            finally:
+                logger.setLevel(level)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def run_process(tmp_path: Path) -> Command:
+    """Run ``fastsitch`` in an empty working directory, in a process of its own."""
+    folder = tmp_path / "work"
+    folder.mkdir(exist_ok=True)
+
+    def run(*arguments: str | Path) -> Ended:
+        return RunningCommand(*arguments, cwd=folder).ended()
 
     return run
 
@@ -122,24 +132,9 @@ def cli_environment() -> dict[str, str]:
 
 
 @pytest.fixture
-def run_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunHere:
-    """Run ``fastsitch`` in an empty working directory, in this process: importing torch takes longer than the work."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-
-    def run(*arguments: str | Path) -> Ended:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["fastsitch", *map(str, arguments)])
-        code = main._run()
-        return Ended(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
 def factory(tmp_path: Path) -> Path:
-    """A file of the user's with a factory of networks, ``small``: a copy of tests/my_nets.py."""
-    return Path(shutil.copy(Path(__file__).with_name("my_nets.py"), tmp_path))
+    """A user's file with a network factory, ``small``: a copy of tests/network_factories.py."""
+    return Path(shutil.copy(Path(__file__).with_name("network_factories.py"), tmp_path))
 
 
 @pytest.fixture

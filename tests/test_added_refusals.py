@@ -1,4 +1,4 @@
-"""What cannot be added as a network, or used without being added: one line that says why, and nothing written."""
+"""Networks that cannot be added, and names that were not: one line that says why, and nothing written."""
 
 import pickle
 import re
@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 import fastsitch
 from fastsitch.errors import FastsitchError, NetworkError
-from tests.conftest import RunHere
-from tests.my_nets import small
+from tests.conftest import Command
+from tests.network_factories import small
 
 
 class Trap:
@@ -21,7 +21,7 @@ class Trap:
 
 
 def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
-    """Arguments after ``add NAME --from`` and a part of the message."""
+    """Arguments after ``add NAME --from`` and part of the message."""
     source = f"{factory}:small"
     state = small(10, (3, 32, 32)).state_dict()
     renamed = {("body.0.conv.w" if key == "body.0.conv.weight" else key): value for key, value in state.items()}
@@ -58,20 +58,23 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "form": (["resnet18"], "--from resnet18: expected torchvision:NAME, timm:NAME or FILE.py:FACTORY"),
         "no such model": (["torchvision:resnet19"], "torchvision has no model resnet19: expected .* resnet18"),
-        "no such file": ([f"{tmp_path}/none.py:small"], "none.py cannot be read .No such file"),
+        "no such file": ([f"{tmp_path}/none.py:small"], r"cannot read \S*none\.py .No such file"),
         "no such function": ([f"{factory}:large"], "has no function large"),
         "syntax": ([f"{tmp_path}/broken.py:small"], "cannot be built: SyntaxError"),
         "factory fails": ([f"{tmp_path}/fails.py:small"], r"KeyError in .*fails\.py:2: 'no such layer'"),
-        "no module": ([f"{tmp_path}/other.py:small"], "gives a int: expected an nn.Module"),
+        "no module": ([f"{tmp_path}/other.py:small"], "returns a int: expected an nn.Module"),
         "untraceable": (
             [f"{tmp_path}/decides.py:small"],
             r"cannot trace Decides, .*decides\.py:6 .*Chain.from_segments",
         ),
-        "position": ([source, "--positions", "body.*,legs"], "no position named legs in Net: expected some of stem"),
-        "no position": ([source, "--positions", ","], "no position named for Net"),
-        "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least as many"),
-        "first weights": ([f"{tmp_path}/nowhere.py:small"], r"first weights that are not finite \(1\.weight\)"),
-        "lazy": ([f"{tmp_path}/lazy.py:small"], "has lazy modules: expected weights; run the network once"),
+        "position": ([source, "--positions", "body.*,legs"], "no position of Net matches 'legs'; it has stem"),
+        "no position": (
+            [source, "--positions", ","],
+            r"--positions \(none\): expected names or patterns of positions",
+        ),
+        "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least that many"),
+        "first weights": ([f"{tmp_path}/nowhere.py:small"], r"initial weights that are not finite \(1\.weight\)"),
+        "lazy": ([f"{tmp_path}/lazy.py:small"], "has lazy modules without weights yet: run the network once"),
         "outputs": ([f"{tmp_path}/dict.py:small"], r"expected logits \(B, classes\), found dict"),
         "mean alone": ([source, "--mean", "0.5"], r"--mean 0.5 --std \(none\): expected both"),
         "two means": ([source, "--mean", "0.5,0.5", "--std", "1"], "one number or three"),
@@ -82,7 +85,7 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "no number": ([source, "--mean", "half", "--std", "1"], "--mean half: expected numbers"),
         "resolution": ([source, "--resolution", "big"], "--resolution big: expected a side"),
         "too small": (["torchvision:vgg11", "--resolution", "8"], "cannot cut a VGG: it does not run on images"),
-        "no weights": ([source, "--weights", "none.pt"], "--weights none.pt cannot be read"),
+        "no weights": ([source, "--weights", "none.pt"], "cannot read --weights none.pt"),
         "keys": (
             [source, "--weights", f"{tmp_path}/renamed.safetensors"],
             r"missing: body\.0\.conv\.weight; unexpected: body\.0\.conv\.w; misshapen: head\.weight \(10, 4\) instead",
@@ -98,7 +101,10 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "complex": ([source, "--weights", f"{tmp_path}/complex.pt"], "head.bias complex instead of floating-point"),
         "no values": ([source, "--weights", f"{tmp_path}/meta.pt"], "head.bias without values instead of"),
         "sparse": ([source, "--weights", f"{tmp_path}/sparse.pt"], "head.weight sparse or quantised instead of"),
-        "no dict": ([source, "--weights", f"{tmp_path}/list.pt"], "holds a list, not only named tensors"),
+        "no dict": (
+            [source, "--weights", f"{tmp_path}/list.pt"],
+            "holds a list: expected a state dict of nothing but named tensors",
+        ),
     }
 
 
@@ -106,16 +112,16 @@ CASES = [
     "form", "no such model", "no such file", "no such function", "syntax", "factory fails", "no module", "untraceable",
     "position", "no position", "classes", "outputs", "mean alone", "two means", "std 0", "no number", "resolution",
     "too small", "no weights", "keys", "not finite", "pickle", "cut off", "no dict", "mean of bytes", "exits", "huge",
-    "whole numbers", "complex", "no values", "sparse",
+    "whole numbers", "complex", "no values", "sparse", "first weights", "lazy", "text",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_cannot_be_added_ends_with_2_one_line_and_nothing_written(
-    case: str, factory: Path, few: str, tmp_path: Path, run_here: RunHere
+    case: str, factory: Path, few: str, tmp_path: Path, run_cli: Command
 ) -> None:
     arguments, message = refusals(tmp_path, factory)[case]
-    ended = run_here("add", "new", "--from", *arguments, "--dataset", few)
+    ended = run_cli("add", "new", "--from", *arguments, "--dataset", few)
     assert ended.returncode == 2, ended.stderr
     assert re.search(message, ended.stderr), ended.stderr
     assert ended.stderr.startswith("fastsitch: ")
@@ -131,7 +137,7 @@ def test_what_cannot_be_added_ends_with_2_one_line_and_nothing_written(
         ("r1112", "network name 'r1112': expected .* names like R1111 or ResNet18 are taken"),
         ("a.b", "network name 'a.b': expected up to 64 letters, digits and _"),
         ("mine-random@0", "an untrained control"),
-        ("mine@2", "a definition serves all seeds"),
+        ("mine@2", "all seeds share one definition"),
     ],
 )
 def test_names_that_cannot_be_added_are_refused(name: str, message: str, factory: Path, tmp_path: Path) -> None:
@@ -141,7 +147,7 @@ def test_names_that_cannot_be_added_are_refused(name: str, message: str, factory
 
 
 @pytest.mark.parametrize("command", ["train", "precompute", "sweep", "dry run"])
-def test_names_that_nobody_added_are_refused_with_the_way_to_add_them(
+def test_unknown_names_are_refused_with_the_command_that_adds_them(
     command: str, factory: Path, few: str, tmp_path: Path
 ) -> None:
     fastsitch.add("mine", f"{factory}:small", dataset=few, root=tmp_path)

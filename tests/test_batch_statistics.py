@@ -1,4 +1,4 @@
-"""Receivers with batch statistics per stitch beside plain modules in training mode, one stitch at a time."""
+"""Receivers with batch statistics per stitch equal plain modules in training mode, one stitch at a time."""
 
 import copy
 import math
@@ -8,30 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.activations.live import LiveSource, LiveSplit
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.live_source import LiveSource, LiveSplit
+from fastsitch.activations.resident_source import ResidentSource
+from fastsitch.chains.chain import Chain
 from fastsitch.data import Dataset, Split, Transform, Views
 from fastsitch.errors import ConfigError, NetworkError
 from fastsitch.identity import torch_generator
 from fastsitch.kernels.reference import conv_weight
-from fastsitch.networks import blocks
-from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.frozen import FrozenNetwork, Statistics
-from fastsitch.stitching.bank import StitchBank, initial_stitch
+from fastsitch.receivers import residual_block as blocks
+from fastsitch.receivers.batch_statistics_network import BatchStatisticsNetwork
+from fastsitch.receivers.contract import Statistics
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.stitching.cascade import Cascade
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.engine import (
-    DIVERGED,
-    DONE,
-    CellResult,
-    TrainingRecipe,
-    evaluate_with_statistics,
-    train_group,
-    train_step,
-)
-from fastsitch.stitching.schedule import stitch_schedule
+from fastsitch.stitching.engine import evaluate_with_statistics, train_group, train_step
+from fastsitch.stitching.recipe import TrainingRecipe
+from fastsitch.stitching.stitch_bank import StitchBank, initial_stitch
+from fastsitch.stitching.stitch_schedule import stitch_schedule
+from fastsitch.vocabulary import Status
 from tests.conftest import network
 from tests.test_engine import CPU, ORDER, RECIPE, UNIT, all_cells, assert_same, frozen, geometry_of, source_of, tensors
 
@@ -88,7 +84,7 @@ class Stitched:
         return sum(losses[-steps:]) / steps
 
     def load(self, weight_FD: Tensor, bias_D: Tensor, statistics: Statistics) -> None:
-        """Put given tensors in place of the stitch, and of the running statistics behind it."""
+        """Load a stitch and the running statistics behind it."""
         self.conv.weight.data.copy_(conv_weight(weight_FD, self.down))
         self.conv.bias.data.copy_(bias_D)
         for name, tensor in self.statistics().items():
@@ -106,7 +102,7 @@ class Stitched:
 
 def pictures(data: Dataset, train: int = 16, test: int = 10) -> tuple[Tensor, Tensor]:
     train_images, test_images = data.train.images[:train], data.test.images[:test]
-    return (data.normalisation.apply(own, torch.float64) for own in (train_images, test_images))  # type: ignore[return-value]
+    return (data.normalisation.apply(images, torch.float64) for images in (train_images, test_images))  # type: ignore[return-value]
 
 
 class Pair:
@@ -163,7 +159,7 @@ def assert_same_statistics(one: CellResult, other: CellResult, tolerance: float 
         torch.testing.assert_close(tensor, other.statistics[name], rtol=tolerance, atol=tolerance)
 
 
-def test_a_group_equals_its_stitches_alone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_gives_the_same_as_its_stitches_alone(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     # one stitch per micro-batch
     monkeypatch.setitem(blocks.CHUNK_BYTES, "cpu", 1)
     alone = train_group(pair.model, pair.source, pair.cells[2::3], RECIPE, ORDER)
@@ -223,8 +219,8 @@ def test_batchnorm_of_other_kinds_is_refused() -> None:
     for chain, message in (
         (changed(nn.BatchNorm2d(16, track_running_stats=False)), "expected BatchNorm layers with running statistics"),
         (changed(nn.BatchNorm2d(16, momentum=None)), "expected BatchNorm layers with running statistics"),
-        (changed(nn.Sequential(shared, shared)), "a BatchNorm layer serves in many places"),
-        (changed(nn.SyncBatchNorm(16)), "expected BatchNorm2d layers, found SyncBatchNorm; use --receiver-bn frozen"),
+        (changed(nn.Sequential(shared, shared)), "a BatchNorm layer is used more than once"),
+        (changed(nn.SyncBatchNorm(16)), "expected BatchNorm2d layers, found SyncBatchNorm; use receiver_bn='frozen'"),
         (changed(head=nn.Sequential(receiver.head, nn.BatchNorm1d(10))), "expected a head without BatchNorm"),
     ):
         with pytest.raises(NetworkError, match=message):
@@ -237,12 +233,12 @@ def test_a_batch_without_a_variance_is_refused(fashion: Dataset) -> None:
     labels = fashion.train.labels[:4]
     source = ResidentSource.from_tensors(*[frozen(chain).representations(x)] * 2, labels, labels)
     recipe = TrainingRecipe(name="small", epochs=1, batch_size=1, lr=0.01, momentum=0.9, weight_decay=0.01)
-    with pytest.raises(ConfigError, match="a batch of one 1x1 map has no variance: use --batch-size 2 or more"):
+    with pytest.raises(ConfigError, match="a batch of one 1x1 map has no variance: expected batch_size of 2 or more"):
         train_group(unfolded(chain), source, [Cell(UNIT, 0, 0)], recipe, ORDER)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_a_stitch_that_diverges_harms_no_other(dtype: torch.dtype, pair: Pair, fashion: Dataset) -> None:
+def test_a_diverging_stitch_leaves_the_others_unchanged(dtype: torch.dtype, pair: Pair, fashion: Dataset) -> None:
     model, source = unfolded(pair.receiver, dtype), source_of(pair.sender, fashion, train=16, dtype=dtype)
     cells = [Cell(UNIT, i, j) for i in (1, 2, 4) for j in (0, 2, 5)]
     calm = train_group(model, source, cells, RECIPE, ORDER)
@@ -250,7 +246,7 @@ def test_a_stitch_that_diverges_harms_no_other(dtype: torch.dtype, pair: Pair, f
     source.train._stacks[(4, 16, 16)].fill_(math.nan)
     wild = train_group(model, source, cells, RECIPE, ORDER)
     for cell in cells:
-        assert wild[cell].status == (DIVERGED if cell.i == 2 else DONE)
+        assert wild[cell].status == (Status.DIVERGED if cell.i == 2 else Status.DONE)
         if cell.i != 2:
             assert torch.equal(wild[cell].weight_FD, calm[cell].weight_FD)
             assert wild[cell].loss == calm[cell].loss
@@ -284,15 +280,15 @@ def test_views_that_change_in_every_epoch_are_trained_on_as_by_plain_modules(pai
 
 
 def test_given_stitches_are_evaluated_with_given_statistics(pair: Pair, fashion: Dataset) -> None:
-    """As plain modules whose running statistics were overwritten; and with its own, a stitch is as good as it was."""
-    stitches = {cell: (own.weight_FD, own.bias_D) for cell, own in pair.trained.items()}
-    own = {cell: result.statistics for cell, result in pair.trained.items()}
+    """Like plain modules with those statistics; with the statistics of its training a stitch keeps its accuracy."""
+    stitches = {cell: (result.weight_FD, result.bias_D) for cell, result in pair.trained.items()}
+    statistics = {cell: result.statistics for cell, result in pair.trained.items()}
     model = pair.model
-    assert evaluate_with_statistics(model, pair.source, stitches, own, images=7) == {
+    assert evaluate_with_statistics(model, pair.source, stitches, statistics, images=7) == {
         cell: result.accuracy for cell, result in pair.trained.items()
     }
     _, tests = pictures(fashion)
-    others = {cell: {name: 5 * tensor + 1 for name, tensor in kept.items()} for cell, kept in own.items()}
+    others = {cell: {name: 5 * tensor + 1 for name, tensor in kept.items()} for cell, kept in statistics.items()}
     found = evaluate_with_statistics(model, pair.source, stitches, others, images=7)
     for cell in CELLS:
         reference = Stitched(cell, pair.sender, pair.receiver)
@@ -302,11 +298,11 @@ def test_given_stitches_are_evaluated_with_given_statistics(pair: Pair, fashion:
         assert found[cell] == right.double().mean().item()
     cell, other = CELLS[0], CELLS[1]
     with pytest.raises(ConfigError, match=r"no running statistics for cell \(0, 0\)"):
-        evaluate_with_statistics(model, pair.source, stitches, {other: own[other]}, images=7)
+        evaluate_with_statistics(model, pair.source, stitches, {other: statistics[other]}, images=7)
     with pytest.raises(
         ConfigError, match=r"of 4 tensors do not fit the receiver: expected block1\.bn1\.running_mean \(2\)"
     ):
-        evaluate_with_statistics(model, pair.source, {cell: stitches[cell]}, {cell: own[other]}, images=7)
+        evaluate_with_statistics(model, pair.source, {cell: stitches[cell]}, {cell: statistics[other]}, images=7)
 
 
 def test_a_step_runs_without_hardware_and_without_synchronising() -> None:

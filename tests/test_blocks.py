@@ -1,18 +1,18 @@
-"""Frozen blocks beside plain autograd: values, gradients, what they keep, and what a micro-batch may not change."""
+"""Frozen blocks equal plain autograd in values and gradients, whatever the micro-batch, and keep less."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.image_order import ImageOrder
 from fastsitch.data import Dataset
 from fastsitch.identity import torch_generator
-from fastsitch.networks import blocks
-from fastsitch.networks.blocks import BlockWeights, FrozenBlock, MaskedBlock
-from fastsitch.networks.folded import convolve, input_gradient
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.masks import apply_mask, mask_bytes, pack_mask
 from fastsitch.networks.resnet import BasicBlock
+from fastsitch.receivers import residual_block as blocks
+from fastsitch.receivers.convolution import convolve, input_gradient
+from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.relu_mask import apply_mask, mask_bytes, pack_mask
+from fastsitch.receivers.residual_block import BlockWeights, FrozenBlock, MaskedBlock
 from fastsitch.stitching.cascade import Cascade
 from fastsitch.stitching.engine import train_group
 from tests.conftest import network
@@ -40,15 +40,15 @@ def test_blocks_equal_autograd(
     form: str, stride: int, height: int, width: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(blocks.CHUNK_BYTES, "cpu", 1)
-    module, samples, room = block_of(stride, 6), 19, 24
+    module, samples, capacity = block_of(stride, 6), 19, 24
     block = FrozenBlock(module, torch.float64, CPU)
     masked = MaskedBlock(block.weights, 8 if "whole" in form else None)
     segment = block if form == "frozen" else masked
 
-    values = random_maps(room, 6, height, width)
+    values = random_maps(capacity, 6, height, width)
     leaf = values[:samples].clone().requires_grad_()
     expected = module(leaf)
-    g = random_maps(room, *expected.shape[1:])
+    g = random_maps(capacity, *expected.shape[1:])
     expected.backward(g[:samples])
 
     x, out = values.clone(), torch.full_like(g, float("nan"))

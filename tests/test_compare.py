@@ -1,4 +1,4 @@
-"""A run beside the published matrices."""
+"""Comparison of a run with the published matrices."""
 
 import re
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsitch.analysis.compare import compare_run, ranks, scale_reason, spearman
+from fastsitch.analysis.compare_published import compare_run, ranks, scale_reason, spearman
 from fastsitch.analysis.published import published_accuracies, published_matrices
 from fastsitch.errors import RunError
-from fastsitch.networks.names import BLOCKS
+from fastsitch.network_names import BLOCKS
 from fastsitch.networks.resnet import position_shapes
 from fastsitch.report.comparison import comparison_text
 from tests.conftest import Command
@@ -52,9 +52,9 @@ def test_ranks_and_their_correlation_by_hand() -> None:
 
 
 def test_a_run_of_the_published_kind_is_compared_in_full(tmp_path: Path) -> None:
-    own = FIGURE + 0.01
-    own[0, 1] = np.nan
-    run = written_run(tmp_path / "run", {("R1111", "R1111", "T2T", 0): own})
+    accuracy = FIGURE + 0.01
+    accuracy[0, 1] = np.nan
+    run = written_run(tmp_path / "run", {("R1111", "R1111", "T2T", 0): accuracy})
     comparison = compare_run(run)
     assert comparison.reason == ""
     assert comparison.accuracies == {"R1111": (0.9347, 0.9)}
@@ -62,11 +62,11 @@ def test_a_run_of_the_published_kind_is_compared_in_full(tmp_path: Path) -> None
     assert [figure.published.source, logs.published.source] == ["Figure 2", "the authors' logs"]
     assert (figure.cells, figure.rank_correlation) == (24, pytest.approx(1))
     assert figure.mean_difference == pytest.approx(0.01)
-    assert logs.mean_difference == pytest.approx(np.nanmean(np.abs(own - LOGS)))
+    assert logs.mean_difference == pytest.approx(np.nanmean(np.abs(accuracy - LOGS)))
     assert 0.9 < logs.rank_correlation < 1
     text = comparison_text(comparison)
     assert "mean absolute difference 0.0100, over 24 of 25 cells" in text
-    # published on the left, own on the right
+    # published on the left, the run on the right
     assert re.search(r"^  0 0\.91 0\.54 0\.39 0\.34 0\.32 {6} {2}0 0\.92 {4}– 0\.40 0\.35 0\.33$", text, re.MULTILINE)
 
 
@@ -99,7 +99,7 @@ def test_matched_runs_are_compared_with_figure_5_and_vanilla_ones_are_not(tmp_pa
     assert comparison.published.matched
 
 
-def test_pairs_are_told_by_architecture_and_a_self_pair_by_its_seed_too(tmp_path: Path) -> None:
+def test_pairs_are_recognised_by_architecture_and_self_pairs_also_by_seed(tmp_path: Path) -> None:
     matrices = {
         ("R1111@1", "R1111@1", "T2T", 0): FIGURE,
         ("R1111@1", "R1111@2", "T2T", 0): FIGURE,
@@ -122,7 +122,7 @@ def test_units_that_are_not_done_have_no_cells(tmp_path: Path) -> None:
     assert "Spearman rank correlation –, mean absolute difference –, over 0 of 25 cells" in text
 
 
-def test_a_run_without_a_published_pair_is_told_which_there_are(tmp_path: Path) -> None:
+def test_a_run_without_a_published_pair_is_refused_with_a_list_of_them(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", {("R2111", "R1111", "T2T", 0): np.full((6, 5), 0.5)})
     with pytest.raises(RunError, match=r"shares no pair .* vanilla matrices: those are R1111--R1111\.T2T, R1112--"):
         compare_run(run)

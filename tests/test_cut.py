@@ -10,9 +10,9 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
+from fastsitch.chains.chain import Chain
+from fastsitch.chains.layout import Layout
 from fastsitch.errors import NetworkError
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.layout import Layout
 
 TORCHVISION: dict[str, tuple[int, dict[str, int]]] = {
     "resnet18": (32, {}),
@@ -63,7 +63,7 @@ def timm_model(name: str) -> tuple[nn.Module, int]:
 
 @torch.no_grad()
 def assert_cuts_are_exact(model: nn.Module, side: int) -> Chain:
-    """At every position there is: the parts give the network's output, bit by bit, also for another batch size."""
+    """At every position: the segments give the network's output, bit by bit, also for another batch size."""
     everywhere = Chain.from_module(model, images(1, side), positions="*")
     for count in (2, 5):
         x = images(count, side)
@@ -73,7 +73,9 @@ def assert_cuts_are_exact(model: nn.Module, side: int) -> Chain:
         representations = everywhere.representations(x)
         for position, representation in zip(everywhere.positions, representations, strict=True):
             assert tuple(representation.shape) == (count, *position.shape)
-            assert torch.equal(everywhere.tail(representation, position.index), expected), position
+            # a tail from every position is much work: of the second size from some
+            if count == 2 or position.index % 4 == 0:
+                assert torch.equal(everywhere.tail(representation, position.index), expected), position
     assert len({position.name for position in everywhere.positions}) == len(everywhere.positions)
     chain = Chain.from_module(model, images(1, side))
     x = images(3, side)
@@ -81,12 +83,14 @@ def assert_cuts_are_exact(model: nn.Module, side: int) -> Chain:
     return chain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_torchvision_networks_are_cut_exactly(name: str) -> None:
     chain = assert_cuts_are_exact(*torchvision_model(name))
     assert len(chain.positions) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_networks_are_cut_exactly(name: str) -> None:
     chain = assert_cuts_are_exact(*timm_model(name))
@@ -95,9 +99,13 @@ def test_timm_networks_are_cut_exactly(name: str) -> None:
 
 def positions(name: str, chosen: str | None = None) -> list[tuple[str, tuple[int, ...]]]:
     model, side = torchvision_model(name)
-    return [(own.name, own.shape) for own in Chain.from_module(model, images(1, side), positions=chosen).positions]
+    return [
+        (position.name, position.shape)
+        for position in Chain.from_module(model, images(1, side), positions=chosen).positions
+    ]
 
 
+@pytest.mark.slow
 def test_the_default_is_the_stem_and_the_outputs_of_blocks() -> None:
     assert positions("resnet18") == [
         ("maxpool", (64, 8, 8)),
@@ -129,16 +137,20 @@ def test_positions_are_chosen_by_name_and_pattern_and_named_as_asked() -> None:
     blocks = [f"layer{stage}.{block}" for stage in range(1, 5) for block in (0, 1)]
     assert [name for name, _ in positions("resnet18", "layer*.?")] == blocks
     assert [name for name, _ in positions("resnet18", "layer4, layer1,bn1")] == ["bn1", "layer1", "layer4"]
-    with pytest.raises(NetworkError, match=r"no position named layer5 in ResNet: expected some of conv1, bn1, relu"):
+    with pytest.raises(NetworkError, match=r"no position of ResNet matches 'layer5'; it has conv1, bn1, relu"):
         positions("resnet18", "layer1,layer5")
-    with pytest.raises(NetworkError, match=r"no position named layer1\.0\.conv1 in ResNet"):
+    with pytest.raises(NetworkError, match=r"no position of ResNet matches 'layer1\.0\.conv1'"):
         positions("resnet18", "layer1.0.conv1")
 
 
+@pytest.mark.slow
 def test_layouts_follow_the_axes_through_the_network() -> None:
     model, side = torchvision_model("vit_b_16")
     chain = Chain.from_module(model, images(1, side), positions="*")
-    found = {own.name: (own.shape, own.layout, own.prefix_tokens, own.grid) for own in chain.positions}
+    found = {
+        position.name: (position.shape, position.layout, position.prefix_tokens, position.grid)
+        for position in chain.positions
+    }
     assert found["conv_proj"] == ((768, 2, 2), "map", 0, None)
     assert found["permute"] == ((4, 768), "tokens", 0, (2, 2))
     assert found["encoder.layers.encoder_layer_3"] == ((5, 768), "tokens", 1, (2, 2))
@@ -147,17 +159,22 @@ def test_layouts_follow_the_axes_through_the_network() -> None:
     assert "reshape" not in found
     model, side = torchvision_model("swin_t")
     swin = Chain.from_module(model, images(1, side))
-    assert {own.layout for own in swin.positions} == {"map-last"}
-    assert [own.shape for own in swin.positions[:3]] == [(16, 16, 96)] * 3
+    assert {position.layout for position in swin.positions} == {"map-last"}
+    assert [position.shape for position in swin.positions[:3]] == [(16, 16, 96)] * 3
     model, side = torchvision_model("resnet18")
     resnet = Chain.from_module(model, images(1, side), positions="layer4,flatten")
-    assert [(own.shape, own.layout) for own in resnet.positions] == [((512, 1, 1), "map"), ((512,), "vector")]
+    assert [(position.shape, position.layout) for position in resnet.positions] == [
+        ((512, 1, 1), "map"),
+        ((512,), "vector"),
+    ]
     model, side = timm_model("vit_tiny_patch16_224")
     vit = Chain.from_module(model, images(1, side))
-    assert {(own.layout, own.prefix_tokens, own.grid) for own in vit.positions} == {("tokens", 1, (2, 2))}
+    assert {(position.layout, position.prefix_tokens, position.grid) for position in vit.positions} == {
+        ("tokens", 1, (2, 2))
+    }
 
 
-def test_the_network_itself_is_left_as_it_is() -> None:
+def test_the_network_itself_is_unchanged() -> None:
     model, side = torchvision_model("densenet121")
     model.train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -171,8 +188,9 @@ def test_the_network_itself_is_left_as_it_is() -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "densenet121", "vit_b_16"])
-def test_parts_run_in_another_dtype_and_have_gradients(name: str) -> None:
+def test_segments_run_in_another_dtype_and_have_gradients(name: str) -> None:
     model, side = torchvision_model(name)
     chain = Chain.from_module(model, images(1, side)).to(torch.float64)
     x = images(2, side).double()
@@ -186,7 +204,7 @@ def test_parts_run_in_another_dtype_and_have_gradients(name: str) -> None:
 
 
 class Sized(nn.Module):
-    """Sizes from the image are used behind every cut, and one activation works where its input lies."""
+    """Sizes of the image are used behind every cut, and one activation is in place."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,7 +227,7 @@ def test_sizes_from_before_a_cut_follow_from_what_it_gives() -> None:
     torch.manual_seed(0)
     model = Sized().eval()
     chain = Chain.from_module(model, images(1, 4), positions="*")
-    assert [own.name for own in chain.positions] == ["first", "add_", "relu", "second"]
+    assert [position.name for position in chain.positions] == ["first", "add_", "relu", "second"]
     for count in (1, 3, 7):
         x = images(count, 4)
         expected, representations = model(x), chain.representations(x)
@@ -226,7 +244,7 @@ def test_sizes_from_before_a_cut_follow_from_what_it_gives() -> None:
 
 
 class Hidden(Sized):
-    """What is changed where it lies is not named by its result."""
+    """With an activation in place, which the tracer does not name by its result."""
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.first(x)
@@ -235,7 +253,9 @@ class Hidden(Sized):
 
 
 def test_a_change_that_the_graph_does_not_show_is_noticed() -> None:
-    with pytest.raises(NetworkError, match="its parts do not give its output again; name them yourself"):
+    with pytest.raises(
+        NetworkError, match="its segments do not reproduce the output of second; give its segments yourself"
+    ):
         Chain.from_module(Hidden(), images(1, 4))
 
 
@@ -250,12 +270,12 @@ class Dense(Sized):
 
 
 def test_a_trace_that_does_not_run_is_refused_with_the_way_out() -> None:
-    with pytest.raises(NetworkError, match=r"cannot cut a Dense: what was traced .*does not run \(.*from_segments\("):
+    with pytest.raises(NetworkError, match=r"cannot cut a Dense: its traced graph does not run \(.*from_segments\("):
         Chain.from_module(Dense(), images(1, 4))
 
 
 class Choosy(nn.Module):
-    """Its way depends on values."""
+    """Control flow that depends on values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,7 +309,7 @@ def test_a_module_that_cannot_be_traced_is_run_as_a_whole(caplog: pytest.LogCapt
     model = Whole(lambda: nn.Sequential(Choosy(), nn.ReLU(inplace=True), Choosy())).eval()
     with caplog.at_level(logging.INFO, "fastsitch"):
         chain = Chain.from_module(model, images(1, 8), positions="*")
-    names = [own.name for own in chain.positions]
+    names = [position.name for position in chain.positions]
     assert names == ["stem", "stage.0", "stage.1", "stage.2", "mean"]
     for x in (images(3, 8), -images(3, 8)):
         assert torch.equal(chain(x), model(x))
@@ -297,7 +317,9 @@ def test_a_module_that_cannot_be_traced_is_run_as_a_whole(caplog: pytest.LogCapt
             assert torch.equal(chain.tail(representation, index), model(x))
     assert "module stage.0 is run as a whole, it cannot be traced: Choosy" in caplog.text
     assert "if x.sum() > 0:" in caplog.text
-    with pytest.raises(NetworkError, match=r"no position named stage\.0\.conv .*stage\.0 is run as a whole: Choosy"):
+    with pytest.raises(
+        NetworkError, match=r"no position of Whole matches 'stage\.0\.conv'.*stage\.0 is run as a whole: Choosy"
+    ):
         Chain.from_module(model, images(1, 8), positions=["stage.0.conv"])
 
 
@@ -313,7 +335,7 @@ def test_a_network_that_cannot_be_traced_names_module_and_line_and_the_way_out()
 
 
 @torch.no_grad()
-def test_segments_can_be_named_by_hand() -> None:
+def test_segments_can_be_given_by_name() -> None:
     model = Decides(lambda: nn.ReLU(inplace=True)).eval()
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), model.last)
     chain = Chain.from_segments([model.stem, model.stage], ["stem", "stage"], head, images(1, 8))
@@ -321,7 +343,7 @@ def test_segments_can_be_named_by_hand() -> None:
     torch.testing.assert_close(chain(x), model(x))
     stem, stage = chain.representations(x)
     assert stem.min() < 0 <= stage.min()
-    assert [(own.name, own.shape, own.layout) for own in chain.positions] == [
+    assert [(position.name, position.shape, position.layout) for position in chain.positions] == [
         ("stem", (4, 4, 4), "map"),
         ("stage", (4, 4, 4), "map"),
     ]
@@ -333,13 +355,13 @@ def test_segments_can_be_named_by_hand() -> None:
         {"tokens": Layout("tokens", 3, (1, 1))},
     )
     assert tokens.positions[1].prefix_tokens == 3
-    assert [own.layout for own in tokens.with_input().positions] == ["map", "map", "tokens"]
+    assert [position.layout for position in tokens.with_input().positions] == ["map", "map", "tokens"]
     six = nn.Sequential(nn.Conv2d(3, 6, 8), nn.Flatten(2))
     for segments, names, message in (
         ([model.stem], ["a", "b"], "1 segments and the names"),
         ([model.stem, model.stem], ["a", "a"], "as many different names"),
         ([model.stem, model.stem], ["a", "b"], "the segments do not fit together"),
-        ([six], ["six"], "position 'six' has 6 tokens: expected prefix tokens and a square"),
+        ([six], ["six"], "position 'six' has 6 tokens, which form no grid in the proportions of an image of 8x8"),
     ):
         with pytest.raises(NetworkError, match=message):
             Chain.from_segments(segments, names, nn.Flatten(), images(1, 8))
@@ -355,7 +377,7 @@ class Branches(nn.Module):
     [
         (nn.Linear(2, 2), "cannot cut a Linear: it does not run on images"),
         (Branches(), r"cannot cut a Branches: expected logits \(B, classes\), found dict"),
-        (nn.Flatten(), "nothing between its image and its logits is crossed"),
+        (nn.Flatten(), "no tensor between its image and its logits lies on every path"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(model: nn.Module, message: str) -> None:

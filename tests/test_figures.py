@@ -1,4 +1,4 @@
-"""Figures of runs: what is on them, and which files they become."""
+"""Figures of runs: what they show and the files they are written to."""
 
 from collections.abc import Mapping
 from itertools import product
@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 import fastsitch
 from fastsitch.errors import ConfigError, RunError
 from fastsitch.identity import numpy_generator
-from fastsitch.report import figures
+from fastsitch.report import side_by_side as figures
 from fastsitch.report.heatmap import Panel, pair_figure, pair_panel, panels_figure
-from fastsitch.report.metrics import STYLES
-from fastsitch.report.overview import overview_figure, plot_overview
-from fastsitch.sweep.results import Run
+from fastsitch.report.metric_styles import STYLES
+from fastsitch.report.overview_figure import overview_figure, plot_overview
+from fastsitch.runs.run import Run
 from tests.conftest import Command
 from tests.written_runs import written_run
 
@@ -52,7 +52,7 @@ def values(run: Run, sender: str, receiver: str, metric: str = "accuracy", setti
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are made from now on."""
+    """Every figure made during the test."""
     made: list[Figure] = []
 
     def record(*arguments: object, **options: object) -> Figure:
@@ -95,27 +95,27 @@ def test_both_directions_of_two_networks(run: Run, tmp_path: Path, monkeypatch: 
         ("R1112", "R1111", "R2T"),
     ]
     one_way = written_run(tmp_path / "one", accuracies(("R1111",), ("R1112",), ("T2T",)))
-    with pytest.raises(ConfigError, match="no two networks stitched both ways: it joins R1111 to R1112"):
+    with pytest.raises(ConfigError, match="no two networks stitched in both directions: it stitches R1111 to R1112"):
         figures.plot_directions(one_way, tmp_path / "out")
 
 
 def test_vanilla_beside_matched(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = drawn(monkeypatch)
-    own = accuracies(("R1111",), ("R1111", "R1122"), ("T2T",))
-    matched = written_run(tmp_path / "matched", own, loss="match")
+    matrices = accuracies(("R1111",), ("R1111", "R1122"), ("T2T",))
+    matched = written_run(tmp_path / "matched", matrices, loss="match")
     paths = figures.plot_matched(run, matched, tmp_path / "out")
     assert files(paths) == ["R1111--R1111.T2T.matched.png"]
     left, right = maps(made[0])
     assert (left.get_title(), right.get_title()) == ("vanilla", "matched (similarity-trained)")
     assert texts(left) == values(run, "R1111", "R1111")
     assert texts(right) == values(matched, "R1111", "R1111")
-    with pytest.raises(ConfigError, match="run 'run' has loss task: expected one with --loss match"):
+    with pytest.raises(ConfigError, match="run 'run' has loss task: expected one with loss='match'"):
         figures.plot_matched(run, run, tmp_path / "out")
     other = written_run(tmp_path / "other", accuracies(("R1122",), ("R1111",), ("T2T",)), loss="match")
     with pytest.raises(ConfigError, match="have no pair and setting in common"):
         figures.plot_matched(run, other, tmp_path / "out")
-    again = written_run(tmp_path / "again", own, loss="match", network_accuracy=0.8)
-    with pytest.raises(ConfigError, match="trained again between 'run' and 'again'"):
+    again = written_run(tmp_path / "again", matrices, loss="match", network_accuracy=0.8)
+    with pytest.raises(ConfigError, match="trained again between runs 'run' and 'again'"):
         figures.plot_matched(run, again, tmp_path / "out")
 
 
@@ -152,7 +152,7 @@ def test_all_pairs_on_one_page(run: Run, tmp_path: Path) -> None:
         overview_figure(run, setting="R2R")
 
 
-def test_several_seeds_are_told_with_their_widest_interval(tmp_path: Path) -> None:
+def test_several_seeds_are_labelled_with_their_widest_interval(tmp_path: Path) -> None:
     run = written_run(tmp_path / "run", accuracies(("R1111",), ("R1112",), ("T2T",), seeds=3))
     widest = run.interval("R1111", "R1112").max()
     note = f"mean of 3 seeds, 95 % interval at most ±{widest:.2g}"
@@ -225,12 +225,12 @@ def luminance(colour: np.ndarray) -> float:
 
 
 OPTIONS: list[tuple[Mapping[str, str], str]] = [
-    ({"figure": "pie"}, "--figure pie: expected one of pairs, controls, directions, overview"),
+    ({"figure": "pie"}, "figure='pie': expected one of pairs, controls, directions, overview"),
     (
         {"metric": "beauty"},
-        "--metric beauty: expected one of accuracy, accuracy_ratio, accuracy_drop, loss, train_loss",
+        "metric='beauty': expected one of accuracy, accuracy_ratio, accuracy_drop, loss, train_loss",
     ),
-    ({"metric": "matched_error"}, "--metric matched_error: expected one of accuracy"),
+    ({"metric": "matched_error"}, "metric='matched_error': expected one of accuracy"),
 ]
 
 

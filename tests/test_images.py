@@ -1,4 +1,4 @@
-"""Stitches into the image itself: exact where they can be, and shown as the pixels they are."""
+"""Stitches into the image itself: exact where possible, and drawn with the right pixels."""
 
 import re
 from collections import Counter
@@ -12,121 +12,40 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import fastsitch
-from fastsitch.activations.ordered import ResidentSplitInOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.ordered_split import ResidentSplitInOrder
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import Dataset, Split, Transform, load_dataset
 from fastsitch.errors import ConfigError, RunError
+from fastsitch.generation import train_input_stitches
+from fastsitch.generation.generate_images import PairImages, chosen_images, generate, run_images
+from fastsitch.generation.input_stitches import InputImages, input_unit
 from fastsitch.identity import torch_generator
-from fastsitch.inventory import find_run
 from fastsitch.kernels.reference import conv_weight
-from fastsitch.networks import blocks
+from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import load_network
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.names import NetworkName
-from fastsitch.report.images import DPI, GAP, image_grid, images_figure, tile_corners
+from fastsitch.report.image_grids import DPI, GAP, image_grid, images_figure, tile_corners
 from fastsitch.root import Root
-from fastsitch.stitching.bank import StitchBank
-from fastsitch.stitching.cascade import Cascade, cross_entropy
+from fastsitch.runs.inventory import find_run
+from fastsitch.runs.run import Run
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.engine import DONE, CellResult, train_group
 from fastsitch.stitching.matching import match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
-from fastsitch.sweep import images as images_module
-from fastsitch.sweep.images import PairImages, chosen_images, generate, run_images
-from fastsitch.sweep.input_stitches import InputImages, input_unit
-from fastsitch.sweep.results import Run
-from tests.conftest import Command, RunHere, network, save_npz
-from tests.test_engine import ORDER, RECIPE, assert_same, source_of
+from fastsitch.vocabulary import Status
+from tests.conftest import Command, save_npz
+from tests.test_engine import assert_same
 from tests.test_kill import contents, kill_while
 
 CPU = torch.device("cpu")
 UNIT = Unit(sender="R1111", receiver="R1112-input", setting="T2T", loss="task", seed=0)
 
 
-def frozen(masked: bool = False) -> FrozenNetwork:
-    chain = network("R1112", seed=1).with_input()
-    return FrozenNetwork(chain, dtype=torch.float64, device=CPU, masked=masked)
-
-
-def test_the_input_is_a_position_like_any_other(images: Tensor) -> None:
-    chain = network("R1112")
-    longer = chain.with_input()
-    assert [position.name for position in longer.positions] == ["input", *(own.name for own in chain.positions)]
-    assert longer.positions[0].shape == (3, 32, 32)
-    assert longer.segments[1] is chain.segments[0]
-    assert torch.equal(longer.representations(images)[0], images)
-    assert torch.equal(longer.tail(images, 0), chain(images))
-    assert torch.equal(longer.tail(chain.representations(images)[2], 3), longer(images))
-
-
-@pytest.mark.parametrize("masked", [False, True])
-def test_gradients_into_the_input_equal_autograd(
-    masked: bool, fashion: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With stitches into later positions in the same pass, and more than one micro-batch in every segment."""
-    monkeypatch.setitem(blocks.CHUNK_BYTES, "cpu", 1)
-    sender, receiver = network("R1111"), network("R1112", seed=1).with_input()
-    source = source_of(sender, fashion)
-    cells = [*(Cell(UNIT, i, 0) for i in range(5)), Cell(UNIT, 2, 1), Cell(UNIT, 1, 2), Cell(UNIT, 3, 6)]
-    shapes = [position.shape for position in receiver.positions]
-    bank = StitchBank(cells, source.shapes, shapes, dtype=torch.float64, device=CPU)
-    batch = source.train.batch(torch.arange(24))
-    cascade = Cascade(frozen(masked), bank.counts, 24)
-    with torch.no_grad():
-        logits = cascade.forward(lambda j, out: bank.forward(j, batch, out))
-        loss, g_logits = cross_entropy(logits, batch.labels)
-        found = {j: g.clone() for j, g in cascade.backward(g_logits)}
-    assert list(found) == [6, 2, 1, 0]
-    for j, g_KBPQD in found.items():
-        out = torch.empty_like(g_KBPQD)
-        bank.forward(j, batch, out)
-        leaf = out.requires_grad_()
-        total = torch.zeros((), dtype=torch.float64)
-        for stitched in leaf:
-            own = receiver.tail(stitched.permute(0, 3, 1, 2), j)
-            total = total + nn.functional.cross_entropy(own, batch.labels)
-        total.backward()
-        assert g_KBPQD.abs().amax((1, 2, 3, 4)).min() > 0
-        torch.testing.assert_close(g_KBPQD, leaf.grad, rtol=1e-10, atol=1e-12)
-    assert loss.isfinite().all()
-
-
-def test_a_group_into_the_input_trains_each_stitch_as_alone(fashion: Dataset) -> None:
-    source = source_of(network("R1111"), fashion)
-    cells = [Cell(UNIT, i, 0) for i in range(5)]
-    together = train_group(frozen(), source, cells, RECIPE, ORDER)
-    masked = train_group(frozen(masked=True), source, cells, RECIPE, ORDER)
-    assert len({result.loss for result in together.values()}) == 5
-    for cell in cells:
-        assert_same(train_group(frozen(), source, [cell], RECIPE, ORDER)[cell], together[cell])
-        assert_same(masked[cell], together[cell])
-
-
-def test_a_matched_stitch_into_the_input_is_the_least_squares_solution(fashion: Dataset) -> None:
-    source = source_of(network("R1111"), fashion, train=100)
-    split = Split(fashion.train.images[:100], fashion.train.labels[:100])
-    expected = InputImages(split, Transform(fashion.normalisation), CPU)
-    matched = match(pair_moments(SenderMoments(ResidentSplitInOrder(source)), expected))
-    target = fashion.normalisation.apply(split.images).double().permute(0, 2, 3, 1).flatten(0, 2)
-    assert list(matched) == [(i, 0) for i in range(5)]
-    for i in range(5):
-        x = ResidentSplitInOrder(source).images(i, 0, 100)
-        up = 32 // x.shape[1]
-        rows = x.repeat_interleave(up, 1).repeat_interleave(up, 2).flatten(0, 2)
-        rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
-        best = rows @ torch.linalg.lstsq(rows, target, driver="gelsd").solution
-        stitch = matched[i, 0]
-        made = generate(x.permute(0, 3, 1, 2), result_of(stitch.weight_FD, stitch.bias_D), (3, 32, 32))
-        torch.testing.assert_close(made.permute(0, 2, 3, 1).flatten(0, 2), best, rtol=1e-6, atol=1e-6)
-        assert stitch.error == pytest.approx((best - target).square().mean().item(), rel=1e-8)
-
-
 def result_of(weight_FD: Tensor, bias_D: Tensor, accuracy: float = 0.5) -> CellResult:
-    return CellResult(accuracy, 1.0, 1.0, DONE, weight_FD, bias_D)
+    return CellResult(accuracy, 1.0, 1.0, Status.DONE, weight_FD, bias_D)
 
 
-def test_pixels_survive_the_way_through_a_sender_that_keeps_them(fashion: Dataset, tmp_path: Path) -> None:
+def test_pixels_survive_a_sender_that_keeps_them(fashion: Dataset, tmp_path: Path) -> None:
     """A sender that mixes the channels of coloured images, half of them clipped: matched, drawn and read from the PNG.
 
     The first position keeps everything, the second averages 2x2 pixels.
@@ -151,8 +70,8 @@ def test_pixels_survive_the_way_through_a_sender_that_keeps_them(fashion: Datase
     coarse = nn.functional.avg_pool2d(coloured[:2].double().permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     coarse = coarse.repeat_interleave(2, 1).repeat_interleave(2, 2)
     shown = [coloured[:2].double(), coarse]
-    for own, wanted in zip(pixels, shown, strict=True):
-        torch.testing.assert_close(own, wanted / 255, rtol=0, atol=1e-5)
+    for image, wanted in zip(pixels, shown, strict=True):
+        torch.testing.assert_close(image, wanted / 255, rtol=0, atol=1e-5)
     generated = torch.stack(pixels).float().numpy()
     actual = (coloured[:2].float() / 255).numpy()
     pair = PairImages(
@@ -200,19 +119,19 @@ def test_test_images_are_named_or_drawn() -> None:
     assert chosen_images(80, seed=1) != drawn
     assert sorted(chosen_images(80, count=80)) == list(range(80))
     for options, message in (
-        ({"images": [80, 3, -1]}, r"--images 80,-1: expected indices of test images, from 0 to 79"),
-        ({"images": []}, r"--images \(none\): expected"),
-        ({"images": [1], "count": 2}, "--images names the test images: leave out --count"),
-        ({"count": 0}, "--count 0: expected 1 to 80"),
-        ({"count": 81}, "--count 81: expected 1 to 80"),
-        ({"seed": -1}, "--seed -1: expected a number from 0"),
+        ({"images": [80, 3, -1]}, r"images='80,-1': expected indices of test images, from 0 to 79"),
+        ({"images": []}, r"images='': expected"),
+        ({"images": [1], "count": 2}, "images names the test images: leave out count"),
+        ({"count": 0}, "count=0: expected a whole number from 1 to 80"),
+        ({"count": 81}, "count=81: expected a whole number from 1 to 80"),
+        ({"seed": -1}, "seed=-1: expected a whole number from 0"),
     ):
         with pytest.raises(ConfigError, match=message):
             chosen_images(80, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with R1111 trained on 160 images, and runs of it into itself: ``bf`` as it comes, ``exact`` in fp64."""
     root = tmp_path_factory.mktemp("images")
     save_npz(root / "small.npz", fashion.train, fashion.test, 160, 80)
@@ -228,10 +147,11 @@ def run_of(root: Path, name: str) -> Run:
     return find_run(Root.at(root), name)
 
 
-def test_images_and_accuracies_are_those_of_the_saved_stitches(place: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_images_and_accuracies_are_those_of_the_saved_stitches(root: Path, tmp_path: Path) -> None:
     """Rebuilt from the files alone with plain modules."""
-    run = run_of(place, "full")
-    paths = fastsitch.images("full", images=[3, 17], out=tmp_path, root=place)
+    run = run_of(root, "full")
+    paths = fastsitch.images("full", images=[3, 17], out=tmp_path, root=root)
     variants = ("vanilla", "matched")
     assert [path.name for path in paths] == [
         f"R1111--R1111.{setting}.{variant}.png" for setting in ("T2T", "R2T") for variant in variants
@@ -239,15 +159,15 @@ def test_images_and_accuracies_are_those_of_the_saved_stitches(place: Path, tmp_
     for path in paths:
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert path.with_suffix(".pdf").read_bytes()[:5] == b"%PDF-"
-    data = load_dataset(run.config.dataset, place)
-    folder = Root.at(place).models(run.config.dataset)
+    data = load_dataset(run.config.dataset, root)
+    folder = Root.at(root).models(run.config.dataset)
     receiver = load_network(folder, NetworkName.parse("R1111"))
     normalisation = receiver.record.normalisation
     x = normalisation.apply(data.test.images)
     mean, std = (np.array(values) for values in (normalisation.mean, normalisation.std))
     for setting, name in (("T2T", "R1111"), ("R2T", "R1111-random@0")):
         sender = load_network(folder, NetworkName.parse(name)).chain
-        store = ActivationStore.open(Root.at(place).store(run.config.dataset, NetworkName.parse(name)))
+        store = ActivationStore.open(Root.at(root).store(run.config.dataset, NetworkName.parse(name)))
         with np.load(tmp_path / f"R1111--R1111.{setting}.npz", allow_pickle=False) as file:
             arrays = dict(file)
         assert arrays["images"].tolist() == [3, 17]
@@ -287,19 +207,20 @@ def test_images_and_accuracies_are_those_of_the_saved_stitches(place: Path, tmp_
     assert (errors["matched"] < errors["vanilla"]).all()
 
 
-def test_no_group_is_larger_than_memory_allows(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And grouping changes nothing; here with a matched start, as the run has it."""
-    run, sizes = run_of(place, "exact"), []
-    train = images_module.train_in_groups
+@pytest.mark.slow
+def test_no_group_is_larger_than_memory_allows(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grouping changes nothing either; with the matched start of the run."""
+    run, sizes = run_of(root, "exact"), []
+    train = train_input_stitches.train_in_groups
 
-    def spy(cells: list[Cell], size: int, work: object) -> object:
+    def spy(cells: list[Cell], size: int, *others: object) -> object:
         sizes.append(size)
-        return train(cells, size, work)  # type: ignore[arg-type]
+        return train(cells, size, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(images_module, "train_in_groups", spy)
+    monkeypatch.setattr(train_input_stitches, "train_in_groups", spy)
     pairs = []
     for memory in ("auto", "106MB", "30MB"):
-        pairs += run_images(Root.at(place), run, memory=memory)
+        pairs += run_images(Root.at(root), run, memory=memory)
         for path in (run.path / "images" / "units").iterdir():
             path.unlink()
     assert sizes[0] == 5
@@ -312,12 +233,13 @@ def test_no_group_is_larger_than_memory_allows(place: Path, monkeypatch: pytest.
             np.testing.assert_allclose(pairs[0].generated[variant], other.generated[variant], atol=1e-6)
 
 
-def test_what_is_done_is_kept_and_what_is_damaged_made_again(place: Path, tmp_path: Path, run_cli: Command) -> None:
-    run = run_of(place, "bf")
+@pytest.mark.slow
+def test_finished_units_are_kept_and_damaged_ones_made_again(root: Path, tmp_path: Path, run_cli: Command) -> None:
+    run = run_of(root, "bf")
     units = run.path / "images" / "units"
     for path in units.glob("*"):
         path.unlink()
-    line = ["images", "bf", "--root", place, "--images", "3,17"]
+    line = ["images", "bf", "--root", root, "--images", "3,17"]
     first = run_cli(*line, "--settings", "T2T")
     assert first.returncode == 0, first.stderr
     assert re.search(r"images/R1111--R1111\.T2T\.vanilla\.png and R1111--R1111\.T2T\.vanilla\.pdf\n", first.stdout)
@@ -330,7 +252,7 @@ def test_what_is_done_is_kept_and_what_is_damaged_made_again(place: Path, tmp_pa
     assert len(whole) == 4
     times = {path: path.stat().st_mtime_ns for path in units.iterdir()}
     # other images need no training
-    third = run_cli("images", "bf", "--root", place, "--count", "2", "--seed", "5", "--out", tmp_path / "others")
+    third = run_cli("images", "bf", "--root", root, "--count", "2", "--seed", "5", "--out", tmp_path / "others")
     assert third.returncode == 0, third.stderr
     assert times == {path: path.stat().st_mtime_ns for path in units.iterdir()}
     with np.load(tmp_path / "others" / "R1111--R1111.T2T.npz") as file:
@@ -339,7 +261,7 @@ def test_what_is_done_is_kept_and_what_is_damaged_made_again(place: Path, tmp_pa
     stitches = npz.with_suffix(".safetensors")
     for damage, said in (
         (lambda: npz.write_bytes(whole[npz.name][:200]), r"seed0\.npz is damaged"),
-        (lambda: stitches.write_bytes(whole[stitches.name][:-4] + b"oops"), "the stitches beside it are not its own"),
+        (lambda: stitches.write_bytes(whole[stitches.name][:-4] + b"oops"), "does not hold the stitches that were"),
         (lambda: stitches.unlink(), r"seed0\.npz is damaged"),
         (
             lambda: (
@@ -357,15 +279,16 @@ def test_what_is_done_is_kept_and_what_is_damaged_made_again(place: Path, tmp_pa
     assert contents(tmp_path / "again")["R1111--R1111.T2T.npz"] == contents(tmp_path / "out")["R1111--R1111.T2T.npz"]
 
 
-def test_images_survive_a_kill(place: Path, tmp_path: Path, run_cli: Command) -> None:
-    run = run_of(place, "bf")
+@pytest.mark.kill
+def test_images_survive_a_kill(root: Path, tmp_path: Path, run_cli: Command) -> None:
+    run = run_of(root, "bf")
     units = run.path / "images" / "units"
-    line: list[str | Path] = ["images", "bf", "--root", place, "--out", tmp_path / "out"]
+    line: list[str | Path] = ["images", "bf", "--root", root, "--out", tmp_path / "out"]
     assert run_cli(*line).returncode == 0
     whole = contents(units)
     for path in units.iterdir():
         path.unlink()
-    first = units / f"{input_unit(run.units[0].unit).name}.npz"
+    first = units / f"{input_unit(run.units[0]).name}.npz"
     assert kill_while(line, tmp_path, first, 0.0)
     assert contents(units)[first.name] == whole[first.name]
     ended = run_cli(*line)
@@ -379,15 +302,17 @@ def test_images_survive_a_kill(place: Path, tmp_path: Path, run_cli: Command) ->
         (["--images", "80"], r"--images 80: expected indices of test images, from 0 to 79"),
         (["--images", "3,x"], r"--images 3,x: expected whole numbers separated by commas"),
         (["--images", "3", "--seed", "1"], "--images names the test images: leave out --count and --seed"),
-        (["--count", "0"], "--count 0: expected 1 to 80 test images"),
+        (["--count", "0"], "--count 0: expected a whole number from 1 to 80"),
         (["--senders", "R2222"], "run 'bf' has no sender R2222: expected some of R1111"),
         (["--settings", "T2R"], "run 'bf' has no setting T2R: expected some of T2T, R2T"),
         (["--receivers", "nonsense"], "run 'bf' has no receiver nonsense: expected some of R1111"),
         (["--memory", "much"], "--memory much: expected auto or a size"),
     ],
 )
-def test_what_cannot_be_drawn_is_one_line(options: list[str], message: str, place: Path, run_here: RunHere) -> None:
-    ended = run_here("images", "bf", "--root", place, *options)
+def test_what_cannot_be_drawn_is_refused_in_one_line(
+    options: list[str], message: str, root: Path, run_cli: Command
+) -> None:
+    ended = run_cli("images", "bf", "--root", root, *options)
     assert ended.returncode == 2
     assert re.fullmatch(rf"fastsitch: {re.escape(message)}[^\n]*\n", ended.stderr)
     assert not ended.stdout
@@ -399,7 +324,7 @@ def test_networks_and_data_that_changed_since_the_run_are_refused(fashion: Datas
     fastsitch.train("R1111", epochs=1, **train)  # type: ignore[arg-type]
     run = fastsitch.sweep("R1111", "R1111", run="old", root=tmp_path, batch_size=16, loss="match")
     fastsitch.train("R1111", epochs=2, force=True, **train)  # type: ignore[arg-type]
-    with pytest.raises(RunError, match="R1111 was trained again since run 'old' began"):
+    with pytest.raises(RunError, match="R1111 is not what run 'old' began with: it was trained again"):
         fastsitch.images("old", root=tmp_path)
     save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 161, 80)
     with pytest.raises(RunError, match="the data set has changed since run 'old' began"):

@@ -9,7 +9,7 @@ import fastsitch
 from fastsitch.analysis.bootstrap import mean_estimate
 from fastsitch.errors import RunError
 from fastsitch.identity import numpy_generator
-from fastsitch.sweep.interval import half_width, t_quantile
+from fastsitch.runs.confidence_interval import half_width, t_quantile
 from tests.written_runs import written_run
 
 

@@ -1,4 +1,4 @@
-"""Raw representations, their rows, and every place where rows are kept."""
+"""Raw representations and their rows: in memory, in stores, and from every source."""
 
 import json
 from dataclasses import replace
@@ -11,27 +11,28 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsitch.activations.alignment import Alignment, resample
-from fastsitch.activations.live import LiveSource, LiveSplit, LiveSplitInOrder
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import OrderedSplit, ResidentSplitInOrder, StoredSplitInOrder
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.live_source import LiveSource, LiveSplit, LiveSplitInOrder
+from fastsitch.activations.ordered_split import OrderedSplit, ResidentSplitInOrder, StoredSplitInOrder
 from fastsitch.activations.precompute import ensure_store
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.source import Source
 from fastsitch.activations.store import ActivationStore
-from fastsitch.activations.streamed import StreamedSource
+from fastsitch.activations.streamed_source import StreamedSource
+from fastsitch.chains.chain import Chain
+from fastsitch.chains.layout import Layout, elements, grid_rows, index_among_equal_shapes, shape_text, stored_size
+from fastsitch.chains.position import Position
 from fastsitch.data import Dataset, Split
 from fastsitch.errors import NetworkError
 from fastsitch.identity import tensors_hash
 from fastsitch.kernels import stitch_grad, stitch_out
-from fastsitch.networks.chain import Chain, Position
 from fastsitch.networks.checkpoint import Network, NetworkRecord
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.layout import Layout, elements, grid_rows, shape_text, stored_size
+from fastsitch.planning.group_memory import StepKind, group_memory, matching_memory
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.engine import train_group
 from fastsitch.stitching.geometry import Geometry, Rules
-from fastsitch.sweep.memory import StepKind, group_memory, matching_memory
-from tests.mixed import CPU, first_chain, second_chain
+from tests.layout_chains import CPU, first_chain, second_chain
 from tests.test_engine import RECIPE
 
 UNIT = Unit(sender="R1111", receiver="R1112", setting="T2T", loss="task", seed=0)
@@ -45,6 +46,12 @@ POSITIONS = {
     (3, 2, 8): Position(0, "strip", (16, 3), "tokens", 0, (2, 8)),
     (7,): Position(0, "vector", (7,), "vector"),
 }
+
+
+def test_positions_are_counted_among_those_of_their_shape() -> None:
+    large, small = (4, 8, 8), (4, 4, 4)
+    assert index_among_equal_shapes([large, large, small, large, small, (4, 4, 4, 1)]) == [0, 1, 0, 2, 1, 0]
+    assert index_among_equal_shapes([]) == []
 
 
 @pytest.mark.parametrize("shape", POSITIONS)
@@ -68,7 +75,7 @@ def test_rows_are_a_view_of_the_raw_tensor_and_back(shape: tuple[int, ...]) -> N
     assert Position.from_dict(json.loads(json.dumps(position.to_dict()))).rows == shape
 
 
-def test_a_map_is_kept_in_files_as_it_was() -> None:
+def test_a_position_of_maps_is_written_as_before() -> None:
     assert POSITIONS[5, 6, 4].to_dict() == {"index": 0, "name": "map", "shape": (5, 6, 4)}
     assert list(POSITIONS[5, 6, 4].to_dict()) == ["index", "name", "shape"]
     assert [shape_text(shape) for shape in POSITIONS] == [
@@ -103,7 +110,7 @@ def test_positions_that_do_not_fit_are_refused(content: tuple[object, ...], reas
         Position(0, "block", *content)  # type: ignore[arg-type]
 
 
-def test_a_chain_reads_representations_by_their_dimensions_or_as_it_is_told() -> None:
+def test_a_chain_infers_layouts_from_dimensions_or_takes_given_ones() -> None:
     class Tokens(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.flatten(2).transpose(1, 2)
@@ -118,9 +125,9 @@ def test_a_chain_reads_representations_by_their_dimensions_or_as_it_is_told() ->
     assert told.positions[1].rows == (4, 2, 8)
     inputs = told.with_input()
     assert [position.rows for position in inputs.positions] == [(3, 32, 32), (4, 4, 4), (4, 2, 8), (64,)]
-    with pytest.raises(NetworkError, match="layouts of 9: expected some of the positions 0, 1, 2"):
+    with pytest.raises(NetworkError, match="layouts of 9: no such positions; the chain has 0, 1, 2"):
         Chain.from_module(model(8), torch.zeros(1, 3, 32, 32), layouts={"9": Layout()})
-    with pytest.raises(NetworkError, match="position 'deep' gives a tensor of 5 dimensions"):
+    with pytest.raises(NetworkError, match="position 'deep' is a tensor of 5 dimensions"):
         Chain([nn.Unflatten(1, (1, 3))], nn.Flatten(), ["deep"], (3, 32, 32))
 
 
@@ -168,7 +175,7 @@ def record_source(data: Dataset) -> ResidentSource:
 
 
 def test_the_operator_reads_the_grid_behind_prefix_tokens_in_place() -> None:
-    """What a kernel that gathers by itself is given: strided rows and the images' index."""
+    """The operands of a kernel that gathers: strided rows and the images' index."""
     shape = (5, 4, 4, 2)
     x = torch.randn(2, 9, *stored_size(shape), 5, dtype=torch.float64)
     grid = grid_rows(x, shape)
@@ -189,7 +196,7 @@ def test_the_operator_reads_the_grid_behind_prefix_tokens_in_place() -> None:
 
 @pytest.fixture(scope="module")
 def data(fashion: Dataset) -> Dataset:
-    """300 + 70 real images under the name of a data set of their own."""
+    """300 + 70 real images as a data set with another name."""
     return Dataset(
         "npz:few.npz",
         Split(fashion.train.images[:300], fashion.train.labels[:300]),
@@ -223,7 +230,7 @@ def test_stores_hold_every_kind_and_all_sources_give_the_same(dtype: str, data: 
     store, _ = ensure_store(tmp_path / "R1111", data, network, device=CPU, dtype=dtype)
     store = ActivationStore.open(store.path)
     assert [position.rows for position in store.positions] == [position.rows for position in chain.positions]
-    attributes = [json.loads((store.path / f"train/{i}/zarr.json").read_text())["attributes"] for i in range(7)]
+    attributes = [json.loads(store.path.read(f"train/{i}/zarr.json"))["attributes"] for i in range(7)]
     assert attributes[0] == {"dtype": dtype, "position": "map8"}
     assert attributes[2] == {"dtype": dtype, "position": "last7", "layout": "map-last"}
     tokens = {"layout": "tokens", "prefix_tokens": 1, "grid": [4, 4]}
@@ -281,12 +288,12 @@ def test_predicted_memory_counts_tokens_and_aligned_copies() -> None:
     assert pair == 8 * (3 * 3 + 3 * 3 + 2 * (3 * 5 + 3 * 5))
 
 
-def test_a_store_of_maps_is_what_it_was(data: Dataset, tmp_path: Path) -> None:
-    """Attributes and manifest have no word more than before other kinds came."""
+def test_the_format_of_a_store_of_maps_is_unchanged(data: Dataset, tmp_path: Path) -> None:
+    """Attributes and manifest are the same as before there were other layouts."""
     chain = Chain([nn.Conv2d(3, 4, 4, 4)], nn.Sequential(nn.Flatten(), nn.Linear(256, 10)), ["stem"], (3, 32, 32))
     store, _ = ensure_store(tmp_path / "R1111", data, network_of(chain.eval(), data), device=CPU)
-    manifest = json.loads((store.path / "manifest.json").read_text())
+    manifest = json.loads(store.path.read("manifest.json"))
     assert manifest["positions"] == [{"index": 0, "name": "stem", "shape": [4, 8, 8]}]
-    array = json.loads((store.path / "train/0/zarr.json").read_text())
+    array = json.loads(store.path.read("train/0/zarr.json"))
     assert array["attributes"] == {"dtype": "bf16", "position": "stem"}
     assert np.prod(array["shape"]) == 300 * 8 * 8 * 4

@@ -1,4 +1,4 @@
-"""Matched stitches are the least-squares optimum, whatever the geometry, and cost no training."""
+"""Matched stitches are the least-squares optimum, in every geometry, and need no training."""
 
 import copy
 import json
@@ -11,21 +11,23 @@ import torch
 from torch import Tensor, nn
 
 import fastsitch
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import ResidentSplitInOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.ordered_split import ResidentSplitInOrder
+from fastsitch.activations.resident_source import ResidentSource
+from fastsitch.chains.chain import Chain
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, RunError
+from fastsitch.execution import matched_stitches as matched_module
 from fastsitch.identity import torch_generator
 from fastsitch.kernels import space_to_depth
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.stitching import moments as moments_module
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.engine import DIVERGED, DONE, TrainingRecipe, evaluate_matched, train_group
+from fastsitch.stitching.engine import evaluate_matched, train_group
 from fastsitch.stitching.matching import RIDGE, match
 from fastsitch.stitching.moments import CellMoments, SenderMoments, pair_moments
-from fastsitch.sweep import matched as matched_module
+from fastsitch.stitching.recipe import TrainingRecipe
+from fastsitch.vocabulary import Status
 from tests.conftest import network, save_npz
 
 CPU = torch.device("cpu")
@@ -161,11 +163,11 @@ def test_a_network_matched_to_itself_reproduces_its_logits(fashion: Dataset) -> 
     cells = {Cell(UNIT, j, j): matched[j, j] for j in range(len(chain.positions))}
     results = evaluate_matched(FrozenNetwork(chain, dtype=torch.float64, device=CPU), source, cells, images=64)
     predicted = chain(fashion.normalisation.apply(fashion.test.images[:40], torch.float64)).argmax(-1)
-    own = (predicted == fashion.test.labels[:40]).double().mean().item()
-    assert {result.accuracy for result in results.values()} == {own}
+    accuracy = (predicted == fashion.test.labels[:40]).double().mean().item()
+    assert {result.accuracy for result in results.values()} == {accuracy}
 
 
-def test_dead_constant_and_repeated_channels_do_no_harm(pair: Pair) -> None:
+def test_dead_constant_and_repeated_channels_are_handled(pair: Pair) -> None:
     """Inputs that do not vary get weight 0; a channel that occurs twice, exactly, makes the system singular."""
     sender = ResidentSplitInOrder(pair.sender)
     spoilt, clean = [], []
@@ -208,7 +210,7 @@ def test_fewer_rows_than_inputs_are_fitted_as_well_as_can_be(fashion: Dataset) -
         assert stitch.error == pytest.approx(least, rel=1e-6, abs=1e-9 * y.square().mean().item())
 
 
-def test_values_that_are_not_finite_spoil_only_their_own_cells(fashion: Dataset, pair: Pair) -> None:
+def test_values_that_are_not_finite_affect_only_their_cells(fashion: Dataset, pair: Pair) -> None:
     source = copy.copy(pair.sender)
     spoilt = [ResidentSplitInOrder(source).images(i, 0, IMAGES).permute(0, 3, 1, 2).clone() for i in range(5)]
     spoilt[2][7, 1, 3, 3] = float("nan")
@@ -220,7 +222,7 @@ def test_values_that_are_not_finite_spoil_only_their_own_cells(fashion: Dataset,
         FrozenNetwork(pair.chains[1], dtype=torch.float64, device=CPU), pair.sender, cells, images=64
     )
     for cell, result in results.items():
-        assert result.status == (DIVERGED if cell.i == 2 else DONE)
+        assert result.status == (Status.DIVERGED if cell.i == 2 else Status.DONE)
         if cell.i != 2:
             assert torch.equal(result.weight_FD, pair.matched[cell.i, cell.j].weight_FD)
 
@@ -248,12 +250,12 @@ def test_moments_at_small_ratios_follow_from_those_at_the_largest(pair: Pair) ->
         alone = [receiver.images(j, 0, IMAGES).permute(0, 3, 1, 2)]
         direct = moments_of(pair.sender, ResidentSource.from_tensors(alone, alone, labels, labels))
         for i, most in largest.items():
-            own, wanted = pair.moments[i, j].inputs, direct[i, 0].inputs
-            assert own.rows == wanted.rows
-            torch.testing.assert_close(own.mean_F, wanted.mean_F, rtol=1e-13, atol=1e-14)
+            found, wanted = pair.moments[i, j].inputs, direct[i, 0].inputs
+            assert found.rows == wanted.rows
+            torch.testing.assert_close(found.mean_F, wanted.mean_F, rtol=1e-13, atol=1e-14)
             size = wanted.scatter_FF.diagonal().max().item()
-            torch.testing.assert_close(own.scatter_FF, wanted.scatter_FF, rtol=1e-13, atol=1e-13 * size)
-            assert torch.equal(own.scatter_FF, own.scatter_FF.T)
+            torch.testing.assert_close(found.scatter_FF, wanted.scatter_FF, rtol=1e-13, atol=1e-13 * size)
+            assert torch.equal(found.scatter_FF, found.scatter_FF.T)
             derived += pair.moments[i, j].geometry.down < most
     assert derived == 16
 
@@ -262,7 +264,7 @@ def test_little_memory_takes_more_passes_to_the_same_bits(pair: Pair, monkeypatc
     monkeypatch.setattr(moments_module, "_STATISTICS_BYTES", 40_000)
     done: list[int] = []
     sender = SenderMoments(ResidentSplitInOrder(pair.sender))
-    few = pair_moments(sender, ResidentSplitInOrder(pair.receiver), lambda images, total: done.append(total))
+    few = pair_moments(sender, ResidentSplitInOrder(pair.receiver), lambda progress: done.append(progress.total))
     assert done[0] > 2 * IMAGES
     for cell, moments in pair.moments.items():
         assert torch.equal(moments.cross_FD, few[cell].cross_FD)
@@ -299,7 +301,7 @@ def test_training_starts_at_the_matched_stitch(pair: Pair) -> None:
 
 
 @pytest.fixture(scope="module")
-def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with R1111 and R1112 of width 8 trained on 2,000 images."""
     folder = tmp_path_factory.mktemp("matching")
     save_npz(folder / "small.npz", fashion.train, fashion.test, 2000, 400)
@@ -307,8 +309,9 @@ def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_matching_sweep_is_saved_resumed_and_exported(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     pairs: list[int] = []
 
@@ -318,7 +321,7 @@ def test_a_matching_sweep_is_saved_resumed_and_exported(
         return found
 
     monkeypatch.setattr(matched_module, "pair_moments", counted)
-    options = {"loss": "match", "seeds": [0, 1], "root": place, "run": "matched"}
+    options = {"loss": "match", "seeds": [0, 1], "root": root, "run": "matched"}
     with caplog.at_level(logging.INFO):
         run = fastsitch.sweep(["R1111"], ["R1112", "R1111"], **options)
     assert "R1112 has no activation store yet: making" in caplog.text
@@ -347,17 +350,18 @@ def test_a_matching_sweep_is_saved_resumed_and_exported(
     sidecar = json.loads((tmp_path / "R1111--R1112.T2T.json").read_text())
     assert (sidecar["loss"], sidecar["matching"]) == ("match", {"solver": "exact", "ridge": RIDGE})
     # a receiver's store in another precision is another input
-    fastsitch.precompute("R1112", dtype="fp16", force=True, root=place)
+    fastsitch.precompute("R1112", dtype="fp16", force=True, root=root)
     (run.path / "units" / "R1111--R1112.T2T.match.seed1.npz").unlink()
     with pytest.raises(RunError, match=r"R1111--R1112\.T2T\.match\.seed0 .* another store than .*R1112 \(fp16"):
         fastsitch.sweep(["R1111"], ["R1112", "R1111"], **options)
-    fastsitch.precompute("R1112", force=True, root=place)
+    fastsitch.precompute("R1112", force=True, root=root)
 
 
-def test_one_epoch_from_the_matched_start_beats_one_from_the_default(place: Path) -> None:
+@pytest.mark.slow
+def test_one_epoch_from_the_matched_start_beats_one_from_the_default(root: Path) -> None:
     means = {}
     for init in ("matched", "default"):
-        run = fastsitch.sweep(["R1111"], ["R1112"], recipe="small", epochs=1, init=init, root=place, run=f"from-{init}")
+        run = fastsitch.sweep(["R1111"], ["R1112"], recipe="small", epochs=1, init=init, root=root, run=f"from-{init}")
         means[init] = run.matrix("R1111", "R1112").mean()
         assert ("matched_error" in run.metrics) == (init == "matched")
     assert (run.path.parent / "from-matched" / "units" / "R1111--R1112.T2T.task.seed0.npz").is_file()

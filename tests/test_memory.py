@@ -1,9 +1,12 @@
-"""The memory of a group: predicted and measured, bounded, and what happens when it cannot be had."""
+"""The memory of a group: predicted, measured, limited, and what happens when there is too little."""
 
-import statistics
+import importlib
+import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,10 +15,10 @@ import torch
 import fastsitch
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, MemoryLimitError
-from fastsitch.networks.names import BLOCKS
+from fastsitch.execution import train_units
+from fastsitch.network_names import BLOCKS
 from fastsitch.networks.resnet import position_shapes
-from fastsitch.stitching.geometry import Shape
-from fastsitch.sweep.memory import (
+from fastsitch.planning.group_memory import (
     StepKind,
     group_memory,
     largest_group,
@@ -23,7 +26,9 @@ from fastsitch.sweep.memory import (
     memory_budget,
     smallest_group_memory,
 )
-from tests.conftest import cli_environment, cli_line, save_npz
+from fastsitch.stitching.geometry import Shape
+from tests.conftest import cli_environment, save_npz
+from tests.processes import Ended, RunningCommand
 
 KIND = StepKind(images=64, itemsize=2, device="cpu")
 
@@ -39,16 +44,17 @@ def cells(sender: list[Shape], receiver: list[Shape]) -> list[tuple[int, int]]:
 
 
 MEASURE = """
-import ctypes, gc, sys
+import ctypes, gc, os, sys
 import torch
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.resident import ResidentSource
-from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.stitching.engine import TrainingRecipe, train_group
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.resident_source import ResidentSource
+from fastsitch.receivers.batch_statistics_network import BatchStatisticsNetwork
+from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.stitching.engine import train_group
+from fastsitch.stitching.recipe import TrainingRecipe
 from fastsitch.stitching.regression import regress_group
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.sweep.memory import StepKind, group_memory
+from fastsitch.planning.group_memory import StepKind, group_memory
 from tests.conftest import network
 
 torch.set_grad_enabled(False)
@@ -79,14 +85,17 @@ def status(key):
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-train(cells[-2:])
-gc.collect()
-ctypes.CDLL(None).malloc_trim(0)
-before = status("VmRSS")
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-train(cells[::groups])
-print(status("VmHWM") - before, group_memory(
+def measure():
+    train(cells[-2:])
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    train(cells[::groups])
+    print(status("VmHWM") - before, flush=True)
+
+print(group_memory(
     [(cell.i, cell.j) for cell in cells[::groups]], source.shapes, [p.shape for p in frozen.positions],
     StepKind(
         images=images,
@@ -95,18 +104,25 @@ print(status("VmHWM") - before, group_memory(
         batch_statistics=batch,
         regresses=loss == "match",
     ),
-))
+), flush=True)
+# in a fork, whose allocator has nothing to reuse of what was made up to here
+child = os.fork()
+if not child:
+    measure()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
 @pytest.mark.parametrize(
     "case",
     [
         "R1111 16 192 1 bfloat16 task",
         "R1122 16 192 2 float32 task",
-        "R2222 16 128 1 bfloat16 task",
-        "R1111 48 96 2 float32 task",
+        "R2222 16 96 1 bfloat16 task",
+        "R1111 32 96 2 float32 task",
         "R1111 16 192 1 bfloat16 batch",
         "R1122 16 96 2 float32 batch",
         "R1111 16 192 1 bfloat16 match",
@@ -114,19 +130,13 @@ print(status("VmHWM") - before, group_memory(
     ],
 )
 def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case: str) -> None:
-    """The median of three processes: what the allocator reuses differs from one to the next."""
     line = [sys.executable, "-c", MEASURE, *case.split()]
-
-    def measure() -> tuple[int, int]:
-        ended = subprocess.run(
-            line, env=cli_environment(), capture_output=True, text=True, cwd=Path(__file__).parents[1]
-        )
-        assert ended.returncode == 0, ended.stderr
-        peak, predicted = map(int, ended.stdout.split())
-        return peak, predicted
-
-    measured, (predicted, *_) = zip(*(measure() for _ in range(3)), strict=True)
-    assert predicted == pytest.approx(statistics.median(measured), rel=0.1)
+    # tensors outside the heap, which is left with other holes by each process: up to a tenth of a peak, at random
+    environment = cli_environment() | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    ended = subprocess.run(line, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ended.returncode == 0, ended.stderr
+    predicted, measured = map(int, ended.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.1)
 
 
 def test_predicted_memory_grows_with_stitches_and_images() -> None:
@@ -153,7 +163,7 @@ def test_the_largest_group_fits_and_a_larger_one_does_not(megabytes: int) -> Non
             tuple(cells(sender, receiver)[:: -(-len(sender) * len(receiver) // size)]): (sender, receiver)
             for sender, receiver in pairs
         }
-        return all(group_memory(list(own), *pair, KIND) <= budget for own, pair in groups.items())
+        return all(group_memory(list(group), *pair, KIND) <= budget for group, pair in groups.items())
 
     assert size == 1 or fits(size)
     assert size == most or not fits(size + 1)
@@ -161,7 +171,7 @@ def test_the_largest_group_fits_and_a_larger_one_does_not(megabytes: int) -> Non
     assert smallest_group_memory(asked, KIND) <= group_memory(cells(*pairs[0]), *pairs[0], KIND)
 
 
-def test_budgets_are_read_and_refused() -> None:
+def test_budgets_are_parsed_or_refused() -> None:
     assert memory_budget("auto", 1000, "cpu") == 750
     assert memory_budget("auto", 1000, "cuda") == 900
     sizes = {
@@ -181,7 +191,7 @@ def test_budgets_are_read_and_refused() -> None:
             memory_budget(text, 1, "cpu")
 
 
-def test_products_by_hand() -> None:
+def test_memory_for_matching_equals_that_worked_out_by_hand() -> None:
     # a map of 2 channels into itself, and into half its size: 2x2 and 8x8 inputs, 2x2 and 8x2 weights
     sender, receiver = [(2, 4, 4)], [(2, 4, 4), (2, 2, 2)]
     products = 8 * (2 * 2 + 8 * 8 + 2 * (2 * 2 + 8 * 2))
@@ -198,6 +208,7 @@ def small_root(fashion: Dataset, tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_budget_sets_the_size_of_groups_and_nothing_else(small_root: Path) -> None:
     options = {"batch_size": 32, "precision": "fp32", "root": small_root}
     whole = fastsitch.sweep("R1111", "R1112", run="whole", **options)  # type: ignore[arg-type]
@@ -213,7 +224,7 @@ def test_a_budget_sets_the_size_of_groups_and_nothing_else(small_root: Path) -> 
     with pytest.raises(MemoryLimitError, match="a single one needs about 0.07 GB: allow more, or use a smaller"):
         fastsitch.sweep("R1111", "R1112", run="none", memory="20MB", **options)  # type: ignore[arg-type]
     # a size that is named has to fit the budget that is named; a refused run leaves no folder
-    refusal = r"--group-size 30: --memory 85MB is enough for groups of \d+; allow more, or use --group-size auto"
+    refusal = r"group_size=30: memory='85MB' is enough for groups of \d+; allow more, or use group_size='auto'"
     for act in (fastsitch.sweep, fastsitch.estimate):
         named = {**options, "run": "none"} if act is fastsitch.sweep else options
         with pytest.raises(MemoryLimitError, match=refusal):
@@ -221,33 +232,35 @@ def test_a_budget_sets_the_size_of_groups_and_nothing_else(small_root: Path) -> 
     assert not list(small_root.rglob("none"))
 
 
+def bound_growth(allowed: int) -> None:
+    """Let this process grow by no more than so many bytes once training begins."""
+    # torch loads them when they are first needed, which could not be then
+    for name in ("cProfile", "sympy", "torch.fx.experimental.symbolic_shapes"):
+        importlib.import_module(name)
+    train = train_units.train_in_groups
+
+    def bounded(*arguments: Any) -> Any:
+        size = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        resource.setrlimit(resource.RLIMIT_AS, (size + allowed, -1))
+        return train(*arguments)
+
+    train_units.train_in_groups = bounded
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
-def test_groups_are_halved_when_memory_cannot_be_had(fashion: Dataset, tmp_path: Path) -> None:
+def test_groups_are_halved_when_memory_runs_out(fashion: Dataset, tmp_path: Path) -> None:
     """Real allocations fail: the process may not grow by more than a few megabytes once training begins."""
-    limited = (
-        "import resource, sys\n"
-        "from fastsitch.cli import main\n"
-        "from fastsitch.sweep import execute\n"
-        "allowed = int(sys.argv.pop())\n"
-        "train = execute.train_in_groups\n"
-        "def bounded(*arguments):\n"
-        "    size = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (size + allowed, -1))\n"
-        "    return train(*arguments)\n"
-        "execute.train_in_groups = bounded\n"
-        "main.main()\n"
-    )
     save_npz(tmp_path / "small.npz", fashion.train, fashion.test, 640, 80)
     for name in ("R1111", "R1112"):
         fastsitch.train(name, dataset=f"npz:{tmp_path / 'small.npz'}", width=4, epochs=1, root=tmp_path)
     group = group_memory(cells(shapes("R1111", 4), shapes("R1112", 4)), shapes("R1111", 4), shapes("R1112", 4), BATCH)
-    arguments = cli_line("sweep", "--senders", "R1111", "--receivers", "R1112", "--batch-size", "640")[3:]
-    options = [*arguments, "--precision", "fp32", "--root", str(tmp_path)]
+    options = ["--senders", "R1111", "--receivers", "R1112", "--batch-size", "640", "--epochs", "1"]
     fastsitch.precompute("R1111", root=tmp_path)
 
-    def run(name: str, allowed: int) -> subprocess.CompletedProcess[str]:
-        line = [sys.executable, "-c", limited, *options, "--run", name, str(allowed)]
-        return subprocess.run(line, env=cli_environment(), capture_output=True, text=True)
+    def run(name: str, allowed: int, root: Path = tmp_path) -> Ended:
+        line = ["sweep", *options, "--precision", "fp32", "--root", root, "--run", name]
+        return RunningCommand(*line, prepare=partial(bound_growth, allowed)).ended()
 
     free = run("free", 4 << 30)
     assert free.returncode == 0, free.stderr
@@ -259,7 +272,11 @@ def test_groups_are_halved_when_memory_cannot_be_had(fashion: Dataset, tmp_path:
         fastsitch.open_run(name, root=tmp_path).matrix("R1111", "R1112", "accuracy") for name in ("free", "tight")
     ]
     np.testing.assert_allclose(*matrices, atol=2 / 80)
-    none = run("none", 1 << 20)
+    # without a few megabytes the interpreter itself breaks, so one stitch has to need many
+    for name in ("R1111", "R1112"):
+        fastsitch.train(name, dataset=f"npz:{tmp_path / 'small.npz'}", width=32, epochs=1, root=tmp_path / "wide")
+    fastsitch.precompute("R1111", root=tmp_path / "wide")
+    none = run("none", 24 << 20, tmp_path / "wide")
     assert none.returncode == 2
     assert "memory does not suffice for a single stitch" in none.stderr
     assert "Traceback" not in none.stderr

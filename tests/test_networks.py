@@ -3,11 +3,12 @@ import torch
 import torchvision
 from torch import nn
 
+from fastsitch.chains.chain import Chain
+from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.errors import NetworkError
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.names import BLOCKS, NetworkName
-from fastsitch.networks.resnet import SmallResNet, position_shapes
+from fastsitch.network_names import BLOCKS, NetworkName
+from fastsitch.networks.resnet import SmallResNet, position_shapes, resnet_flops
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from tests.conftest import network
 
 CPU = torch.device("cpu")
@@ -65,6 +66,15 @@ def test_positions_and_tails_agree_with_the_whole_network(architecture: str, ima
     assert [(p.name, p.shape) for p in chain.positions] == position_shapes(BLOCKS[architecture], 4, (32, 32))
 
 
+@pytest.mark.parametrize(("architecture", "size"), [("R1111", (32, 32)), ("R2121", (30, 25))])
+def test_flops_without_weights_are_those_of_the_network(architecture: str, size: tuple[int, int]) -> None:
+    chain = network(architecture, input_shape=(3, *size))
+    flops = chain_flops(chain)
+    assert len(flops) == len(chain.positions) + 1
+    assert resnet_flops(BLOCKS[architecture], 4, 10, (3, *size)) == flops
+    assert flops[0] == 2 * 3 * 9 * 4 * size[0] * size[1]
+
+
 @pytest.mark.parametrize("size", [(32, 32), (20, 28)])
 def test_folded_batchnorm_reproduces_every_representation(size: tuple[int, int]) -> None:
     chain = network("R1212", input_shape=(3, *size))
@@ -101,7 +111,7 @@ def test_any_sequential_becomes_a_chain(images: torch.Tensor) -> None:
     with torch.no_grad():
         torch.testing.assert_close(chain(images), model(images))
     assert Chain.from_module(chain, images[:1]) is chain
-    with pytest.raises(NetworkError, match="no position named 7 in Sequential: expected some of 0, 1, 2, 3"):
+    with pytest.raises(NetworkError, match="no position of Sequential matches '7'; it has 0, 1, 2, 3"):
         Chain.from_module(model, images[:1], positions=["7"])
     with pytest.raises(NetworkError, match="cannot cut a Linear"):
         Chain.from_module(nn.Linear(2, 2), images[:1])
@@ -127,7 +137,7 @@ class Doubled(nn.Sequential):
         return super().forward(2 * x)
 
 
-def test_a_sequential_with_a_forward_of_its_own_is_traced(images: torch.Tensor) -> None:
+def test_a_sequential_that_overrides_forward_is_traced(images: torch.Tensor) -> None:
     model = Doubled(nn.Conv2d(3, 6, 8, stride=8), nn.ReLU(), nn.Flatten(), nn.Linear(96, 10)).double()
     chain = Chain.from_module(model, images[:1])
     with torch.no_grad():
@@ -144,7 +154,7 @@ def test_in_place_activations_do_not_change_what_was_captured(images: torch.Tens
     assert model[2].inplace
 
 
-def test_making_a_chain_leaves_modes_and_statistics_alone(images: torch.Tensor) -> None:
+def test_making_a_chain_changes_no_mode_and_no_statistics(images: torch.Tensor) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).double().train()
     Chain.from_module(model, images[:1], positions=["1"])
     assert model[1].training
@@ -166,7 +176,7 @@ def test_positions_outside_the_network_are_refused(images: torch.Tensor) -> None
         ("ResNet34", NetworkName("ResNet34")),
     ],
 )
-def test_names_are_read_and_written_back(text: str, name: NetworkName) -> None:
+def test_names_are_parsed_and_printed_alike(text: str, name: NetworkName) -> None:
     assert NetworkName.parse(text) == name
     assert NetworkName.parse(str(name)) == name
 

@@ -9,8 +9,8 @@ import pytest
 from fastsitch.analysis.best_match import holds, margins, run_best_matches
 from fastsitch.analysis.triangle import gap_over_cells, lower_left_mask, run_triangles
 from fastsitch.identity import numpy_generator
-from fastsitch.report.patterns import best_match_text, patterns_text, triangle_text, write_patterns
-from fastsitch.sweep.results import Run
+from fastsitch.report.pattern_tables import best_match_text, patterns_text, triangle_text, write_patterns
+from fastsitch.runs.run import Run
 from tests.written_runs import written_run
 
 STEP = np.where(lower_left_mask(5, 5), 0.9, 0.6)
@@ -63,11 +63,11 @@ def test_pairs_count_the_same_and_lost_ones_not_at_all(run: Run) -> None:
     [
         # injective, gaps 0.4, 0.1, 0.2
         ([[0.9, 0.5, 0.1], [0.2, 0.6, 0.7], [0.1, 0.9, 0.7]], [0.4, 0.1, 0.2]),
-        # rows 0 and 1 share their best, row 2 has its own
+        # rows 0 and 1 have the same best column, row 2 another
         ([[0.9, 0.5, 0.1], [0.8, 0.6, 0.7], [0.1, 0.7, 0.9]], [0, 0, 0.2]),
-        # row 0 has a tie, and with it a best where row 1 has its own
+        # row 0 has a tie, and so one of its best columns is that of row 1
         ([[0.9, 0.9, 0.1], [0.2, 0.6, 0.1], [0.1, 0.7, 0.9]], [0, 0, 0.2]),
-        # cells that are not finite are not the best; a row with a single cell is left out, but keeps its place
+        # cells that are not finite are not the best; the margin of a row with a single cell is NaN
         ([[np.nan, 0.5, 0.2], [np.nan, np.nan, 0.7], [0.1, 0.7, 0.9]], [0.3, np.nan, 0]),
         # more rows than columns: never all of them
         ([[0.9, 0.1], [0.1, 0.9], [0.8, 0.3]], [0, 0.8, 0]),

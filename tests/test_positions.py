@@ -1,4 +1,4 @@
-"""A sweep of some positions: the cells between them are those of the whole sweep, all others are left alone."""
+"""A sweep of some positions: their cells are those of the whole sweep, all others stay undone."""
 
 import json
 import re
@@ -9,19 +9,19 @@ import pytest
 
 import fastsitch
 from fastsitch.analysis.best_match import run_best_matches
-from fastsitch.analysis.error_files import run_errors
-from fastsitch.analysis.leftover import leftover_accuracy
-from fastsitch.analysis.tables import error_table
+from fastsitch.analysis.error_tables import error_table
+from fastsitch.analysis.leftover_statistics import leftover_accuracy
+from fastsitch.analysis.stitch_error_files import read_run_errors
 from fastsitch.analysis.triangle import triangle
-from fastsitch.cli.results import summary
+from fastsitch.cli.run_summary import summary
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, RunError
 from fastsitch.machine import resolve_device
 from fastsitch.root import Root
-from fastsitch.sweep.config import SweepConfig, sweep_config
-from fastsitch.sweep.plan import chosen_positions
-from fastsitch.sweep.results import Run
-from tests.conftest import RunHere, save_npz
+from fastsitch.runs.run import Run
+from fastsitch.runs.sweep_config import SweepConfig, sweep_config
+from fastsitch.runs.sweep_plan import chosen_positions
+from tests.conftest import Command, save_npz
 from tests.written_runs import written_run
 
 OPTIONS = {"recipe": "small", "epochs": 1, "batch_size": 16, "precision": "fp64"}
@@ -34,7 +34,7 @@ ASKED[np.ix_([0, 3], [0, 3, 5])] = True
 
 
 @pytest.fixture(scope="module")
-def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A root with R1111 and R1112 trained on 160 images."""
     folder = tmp_path_factory.mktemp("positions")
     save_npz(folder / "small.npz", fashion.train, fashion.test, 160, 80)
@@ -43,17 +43,17 @@ def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def some(place: Path) -> Run:
-    return fastsitch.sweep(*PAIR, root=place, run="some", positions=POSITIONS, seeds=[0, 1], **OPTIONS)
+def some(root: Path) -> Run:
+    return fastsitch.sweep(*PAIR, root=root, run="some", positions=POSITIONS, seeds=[0, 1], **OPTIONS)
 
 
-def matched(place: Path, **options: object) -> list[Run]:
+def matched(root: Path, **options: object) -> list[Run]:
     """The same sweep of all and of some positions."""
     name = "-".join(map(str, options.values()))
     options = {**OPTIONS, "recipe": "small", **options}
     return [
         fastsitch.sweep(
-            *PAIR, root=place, run=f"{name}-{'all' if asked is None else 'some'}", positions=asked, **options
+            *PAIR, root=root, run=f"{name}-{'all' if asked is None else 'some'}", positions=asked, **options
         )
         for asked in (None, POSITIONS)
     ]
@@ -71,13 +71,14 @@ def assert_cells_of(run: Run, whole: Run, rtol: float) -> None:
             np.testing.assert_allclose(values[ASKED], whole.matrix(*PAIR, metric)[ASKED], rtol=rtol, err_msg=metric)
 
 
-def test_cells_are_those_of_the_whole_sweep(some: Run, place: Path) -> None:
-    whole = fastsitch.sweep(*PAIR, root=place, run="whole", seeds=[0, 1], **OPTIONS)
+@pytest.mark.slow
+def test_cells_are_those_of_the_whole_sweep(some: Run, root: Path) -> None:
+    whole = fastsitch.sweep(*PAIR, root=root, run="whole", seeds=[0, 1], **OPTIONS)
     assert_cells_of(some, whole, rtol=1e-10)
-    unit = some.units[1].unit
+    unit = some.units[1]
     assert set(some.stitches(unit)) == set(some.cells(some.units[1])) < set(whole.stitches(unit))
-    for cell, own in some.stitches(unit).items():
-        for mine, other in zip(own, whole.stitch(cell), strict=True):
+    for cell, stitch in some.stitches(unit).items():
+        for mine, other in zip(stitch, whole.read_stitch(cell), strict=True):
             np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-7)
 
 
@@ -91,21 +92,21 @@ def test_cells_are_those_of_the_whole_sweep(some: Run, place: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_matched_stitches_are_those_of_the_whole_sweep(options: dict[str, object], place: Path) -> None:
-    whole, own = matched(place, **options)
+def test_matched_stitches_are_those_of_the_whole_sweep(options: dict[str, object], root: Path) -> None:
+    whole, partial = matched(root, **options)
     # solved side by side with other cells, or not: rounding in fp64
-    assert_cells_of(own, whole, rtol=1e-6)
+    assert_cells_of(partial, whole, rtol=1e-6)
 
 
-def test_a_run_is_continued_with_its_positions_alone(some: Run, place: Path) -> None:
+def test_a_run_is_only_continued_with_its_positions(some: Run, root: Path) -> None:
     recorded = json.loads((some.path / "run.json").read_text())["config"]
     assert recorded["positions"] == ["layer*.1", "stem", "layer3.?"]
     assert Run.open(some.path).config == some.config
-    file = some.path / "units" / f"{some.units[1].unit.name}.npz"
+    file = some.path / "units" / f"{some.units[1].name}.npz"
     before, accuracy = file.read_bytes(), some.matrix(*PAIR)
     file.unlink()
     assert (some.matrix(*PAIR, "status") == 0).all()
-    options = {"root": place, "run": "some", "seeds": [0, 1], **OPTIONS}
+    options = {"root": root, "run": "some", "seeds": [0, 1], **OPTIONS}
     fastsitch.sweep(*PAIR, positions=["layer*.1", "stem", "layer3.?"], **options)
     assert file.read_bytes() == before
     assert np.array_equal(some.matrix(*PAIR), accuracy, equal_nan=True)
@@ -115,12 +116,12 @@ def test_a_run_is_continued_with_its_positions_alone(some: Run, place: Path) -> 
             fastsitch.sweep(*PAIR, positions=other, **options)
 
 
-def test_positions_that_there_are_not_are_refused_before_anything_is_written(place: Path, run_here: RunHere) -> None:
-    line = ("sweep", "--senders", "R1111", "--receivers", "R1112", "--batch-size", "16", "--root", place, "--run", "no")
+def test_unknown_positions_are_refused_before_anything_is_written(root: Path, run_cli: Command) -> None:
+    line = ("sweep", "--senders", "R1111", "--receivers", "R1112", "--batch-size", "16", "--root", root, "--run", "no")
     for positions, message in (
         (
             "stem,layer5.*,Stem",
-            "--positions stem,layer5.*,Stem: no network of the sweep has a position layer5.* or Stem: expected some of "
+            "--positions stem,layer5.*,Stem: no network of the sweep has a position layer5.* or Stem; they have "
             "stem, layer1.0, layer2.0, layer3.0, layer4.0, layer4.1",
         ),
         (
@@ -130,18 +131,18 @@ def test_positions_that_there_are_not_are_refused_before_anything_is_written(pla
         (" , ", "--positions (none): expected names or patterns such as layer*.0; leave it out for all"),
     ):
         for more in ((), ("--dry-run",)):
-            ended = run_here(*line, "--positions", positions, *more)
+            ended = run_cli(*line, "--positions", positions, *more)
             assert ended.returncode == 2
             (said,) = [said for said in ended.stderr.splitlines() if said.startswith("fastsitch: ")]
             assert said == f"fastsitch: {message}"
-    assert not list(place.glob("runs/*/no"))
-    with pytest.raises(ConfigError, match="no network of the sweep has a position 0:"):
-        fastsitch.estimate(*PAIR, root=place, batch_size=16, positions=[0])
+    assert not list(root.glob("runs/*/no"))
+    with pytest.raises(ConfigError, match="^positions='0': no network of the sweep has a position 0; they have stem, "):
+        fastsitch.estimate(*PAIR, root=root, batch_size=16, positions=[0])
 
 
-def test_a_dry_run_counts_what_was_asked_for(place: Path, run_here: RunHere) -> None:
+def test_a_dry_run_counts_the_cells_asked_for(root: Path, run_cli: Command) -> None:
     for loss in ({}, {"loss": "match"}, {"init": "matched"}, {"loss": "match", "solver": "sgd"}):
-        options = {"root": place, "recipe": "small", "batch_size": 16, **loss}
+        options = {"root": root, "recipe": "small", "batch_size": 16, **loss}
         whole = fastsitch.estimate(*PAIR, **options)
         some = fastsitch.estimate(*PAIR, positions=POSITIONS, **options)
         assert (whole.cells, some.cells) == (30, 6)
@@ -151,20 +152,18 @@ def test_a_dry_run_counts_what_was_asked_for(place: Path, run_here: RunHere) -> 
         assert unit.parameters == 5 * 4 + (4 * 16 + 1) * 16 + (4 * 64 + 1) * 32 + 17 * (4 + 16) + (16 * 4 + 1) * 32
         assert 0 < unit.flops < whole.units[0].flops
         assert unit.exact_flops < whole.units[0].exact_flops or not whole.units[0].exact_flops
-    ended = run_here(
-        *("sweep", "--senders", "R1111", "--receivers", "R1112", "--batch-size", "16", "--root", place, "--dry-run"),
+    ended = run_cli(
+        *("sweep", "--senders", "R1111", "--receivers", "R1112", "--batch-size", "16", "--root", root, "--dry-run"),
         *("--positions", POSITIONS),
     )
     assert ended.returncode == 0, ended.stderr
-    assert "1 units, 6 cells" in ended.stdout
+    assert "1 unit, 6 cells" in ended.stdout
 
 
-def test_errors_and_tables_are_of_the_cells_asked_for(
-    some: Run, place: Path, tmp_path: Path, run_here: RunHere
-) -> None:
-    fastsitch.measure_errors(some, root=place)
-    whole = fastsitch.sweep(*PAIR, root=place, run="whole", seeds=[0, 1], **OPTIONS)
-    fastsitch.measure_errors(whole, root=place)
+def test_errors_and_tables_are_of_the_cells_asked_for(some: Run, root: Path, tmp_path: Path, run_cli: Command) -> None:
+    fastsitch.measure_errors(some, root=root)
+    whole = fastsitch.sweep(*PAIR, root=root, run="whole", seeds=[0, 1], **OPTIONS)
+    fastsitch.measure_errors(whole, root=root)
     for split in ("train", "test"):
         mine, other = (fastsitch.read_errors(run, *PAIR, split=split) for run in (some, whole))
         for name in ("EV", "ES", "SV"):
@@ -173,7 +172,7 @@ def test_errors_and_tables_are_of_the_cells_asked_for(
             np.testing.assert_allclose(values[ASKED], getattr(other, name)[ASKED], rtol=1e-6, err_msg=name)
         np.testing.assert_allclose(mine.variance[[0, 3, 5]], other.variance[[0, 3, 5]], rtol=1e-10)
         assert np.isnan(mine.variance[[1, 2, 4]]).all()
-    errors = run_errors(some)
+    errors = read_run_errors(some)
     for diagonal, count in ((True, 2), (False, 6)):
         for normalised in (False, True):
             table = error_table(errors, diagonal=diagonal, normalised=normalised)
@@ -182,11 +181,13 @@ def test_errors_and_tables_are_of_the_cells_asked_for(
     # a diverged cell counts as one
     errors[*PAIR, "T2T"].EV[0, 3] = np.nan
     assert error_table(errors, diagonal=False).left_out == {"T2T": 1}
-    ended = run_here("tables", "some", "--root", place, "--out", tmp_path / "tables")
+    ended = run_cli("tables", "some", "--root", root, "--out", tmp_path / "tables")
     assert ended.returncode == 0, ended.stderr
 
 
-def test_what_is_made_of_a_run(some: Run, place: Path, tmp_path: Path, run_here: RunHere) -> None:
+def test_summary_triangle_export_and_plots_leave_the_other_cells_out(
+    some: Run, root: Path, tmp_path: Path, run_cli: Command
+) -> None:
     assert "6/6" in summary(some)
     accuracy = some.matrix(*PAIR)
     # of the cells asked for, (0, 0), (3, 0) and (3, 3) lie in the lower left
@@ -201,37 +202,37 @@ def test_what_is_made_of_a_run(some: Run, place: Path, tmp_path: Path, run_here:
         ("plot", "some", "--out", tmp_path, "--metric", "loss"),
         ("plot", "some", "--out", tmp_path, "--figure", "overview"),
     ):
-        ended = run_here(*line, "--root", place)
+        ended = run_cli(*line, "--root", root)
         assert ended.returncode == 0, ended.stderr
 
 
-def test_a_comparison_is_over_the_cells_asked_for(place: Path, run_here: RunHere) -> None:
-    """With a pair that was published."""
-    fastsitch.sweep("R1111", "R1111", root=place, run="itself", positions="layer[13].0", **OPTIONS)
-    ended = run_here("compare", "itself", "--root", place)
+def test_compare_averages_the_cells_asked_for(root: Path, run_cli: Command) -> None:
+    """For a pair that the paper has."""
+    fastsitch.sweep("R1111", "R1111", root=root, run="itself", positions="layer[13].0", **OPTIONS)
+    ended = run_cli("compare", "itself", "--root", root)
     assert ended.returncode == 0, ended.stderr
     assert "over 4 of 25 cells" in ended.stdout
 
 
-def test_images_are_of_the_sender_positions_asked_for(some: Run, place: Path, tmp_path: Path) -> None:
-    fastsitch.images("some", count=2, root=place, out=tmp_path)
+def test_images_are_of_the_sender_positions_asked_for(some: Run, root: Path, tmp_path: Path) -> None:
+    fastsitch.images("some", count=2, root=root, out=tmp_path)
     with np.load(tmp_path / "R1111--R1112.T2T.npz") as drawn:
         assert drawn["sender_positions"].tolist() == ["stem", "layer3.0"]
         assert drawn["vanilla"].shape[:2] == (2, 2)
         assert np.isfinite(drawn["matched"]).all()
     # kept with the run: not trained again
-    assert fastsitch.images("some", count=3, root=place, out=tmp_path)
+    assert fastsitch.images("some", count=3, root=root, out=tmp_path)
 
 
-def test_statistics_that_were_left_meet_the_cells_of_both(place: Path) -> None:
-    vanilla = fastsitch.sweep(*PAIR, root=place, run="batch", positions=POSITIONS, receiver_bn="batch", **OPTIONS)
-    exact = fastsitch.sweep(*PAIR, root=place, run="exact", positions="stem,layer4.*", loss="match", **OPTIONS)
+def test_leftover_statistics_are_used_in_the_cells_of_both_runs(root: Path) -> None:
+    vanilla = fastsitch.sweep(*PAIR, root=root, run="batch", positions=POSITIONS, receiver_bn="batch", **OPTIONS)
+    exact = fastsitch.sweep(*PAIR, root=root, run="exact", positions="stem,layer4.*", loss="match", **OPTIONS)
     device = resolve_device("cpu")
-    (found,) = leftover_accuracy(Root.at(place), vanilla, exact, device=device).values()
+    (found,) = leftover_accuracy(Root.at(root), vanilla, exact, device=device).values()
     assert np.argwhere(np.isfinite(found)).tolist() == [[0, 0], [0, 5]]
-    other = fastsitch.sweep(*PAIR, root=place, run="other", positions="layer1.0", loss="match", **OPTIONS)
+    other = fastsitch.sweep(*PAIR, root=root, run="other", positions="layer1.0", loss="match", **OPTIONS)
     with pytest.raises(RunError, match="expected runs of the same pairs and positions"):
-        leftover_accuracy(Root.at(place), vanilla, other, device=device)
+        leftover_accuracy(Root.at(root), vanilla, other, device=device)
 
 
 def test_best_matches_count_the_rows_asked_for(tmp_path: Path) -> None:
@@ -247,6 +248,7 @@ def test_best_matches_count_the_rows_asked_for(tmp_path: Path) -> None:
     assert (row.possible, row.rows.value, row.pairs.value) == (1, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_positions_without_a_stitch_can_be_left_out(fashion: Dataset, tmp_path: Path) -> None:
     """Maps of 20, 20, 10, 5 and 3: the last one joins none of the others."""
     np.savez(
@@ -268,7 +270,7 @@ def test_positions_without_a_stitch_can_be_left_out(fashion: Dataset, tmp_path: 
         assert fastsitch.estimate("R1111", "R1111", **{**options, "positions": "layer4.0"}).cells == 1
 
 
-def test_without_positions_a_configuration_is_what_it_was() -> None:
+def test_a_configuration_without_positions_is_unchanged() -> None:
     config = sweep_config(dataset="fashion-mini", senders="R1111", receivers="R1112")
     assert "positions" not in config.to_dict()
     assert SweepConfig.from_dict(config.to_dict()) == config
@@ -278,7 +280,7 @@ def test_without_positions_a_configuration_is_what_it_was() -> None:
     assert SweepConfig.from_dict(json.loads(json.dumps(some.to_dict()))) == some
 
 
-def test_names_are_matched_whole_and_by_case() -> None:
+def test_patterns_match_whole_names_and_their_case() -> None:
     names = ["stem", "layer1.0", "layer1.1", "layer10.0"]
     assert chosen_positions(names, []) == [0, 1, 2, 3]
     assert chosen_positions(names, ["layer1.0"]) == [1]

@@ -8,18 +8,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastsitch
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import ResidentSplitInOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.ordered_split import ResidentSplitInOrder
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError
-from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.engine import DIVERGED, DONE, TrainingRecipe, train_group
+from fastsitch.stitching.engine import train_group
 from fastsitch.stitching.matching import match
 from fastsitch.stitching.preconditioner import DAMPING
-from fastsitch.stitching.schedule import stitch_schedule
-from fastsitch.sweep.config import SweepConfig
+from fastsitch.stitching.recipe import TrainingRecipe
+from fastsitch.stitching.stitch_schedule import stitch_schedule
+from fastsitch.vocabulary import Status
 from tests.test_matching import IMAGES, KINDS, UNIT, Pair, moments_of
 
 CPU = torch.device("cpu")
@@ -79,40 +81,41 @@ def test_it_is_sgd_in_whitened_inputs(kind: str, pair: Pair, fashion: Dataset) -
     torch.testing.assert_close(result.bias_D, bias, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_group_trains_like_its_cells_alone(pair: Pair) -> None:
-    """All cells, and two units whose stitches lie side by side with the same inputs."""
+    """For all cells, also of two units that share inputs in one group."""
     model = FrozenNetwork(pair.chains[1], dtype=torch.float64, device=CPU)
     units = [UNIT, replace(UNIT, seed=1)]
-    start = {Cell(unit, *place): stitch for unit in units for place, stitch in pair.matched.items()}
+    start = {Cell(unit, *positions): stitch for unit in units for positions, stitch in pair.matched.items()}
     recipe = replace(RECIPE, weight_decay=0.01)
     together = train_group(model, pair.sender, list(start), recipe, ORDER, init=start)
-    for place in pair.matched:
-        cell = Cell(units[1], *place)
+    for positions in pair.matched:
+        cell = Cell(units[1], *positions)
         alone = train_group(model, pair.sender, [cell], recipe, ORDER, init=start)[cell]
         torch.testing.assert_close(together[cell].weight_FD, alone.weight_FD, rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(together[Cell(UNIT, *place)].weight_FD, alone.weight_FD, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(together[Cell(UNIT, *positions)].weight_FD, alone.weight_FD, rtol=1e-9, atol=1e-12)
 
 
 @torch.no_grad()
-def test_inputs_that_are_not_finite_spoil_only_their_own_cells(pair: Pair) -> None:
+def test_inputs_that_are_not_finite_affect_only_their_cells(pair: Pair) -> None:
     ordered, labels = ResidentSplitInOrder(pair.sender), pair.sender.train.labels
     spoilt = [ordered.images(i, 0, IMAGES).permute(0, 3, 1, 2).clone() for i in range(5)]
     spoilt[2][7, 1, 3, 3] = float("nan")
     sender = ResidentSource.from_tensors(spoilt, spoilt, labels, labels)
     matched = match(moments_of(sender, pair.receiver))
-    start = {Cell(UNIT, *place): stitch for place, stitch in matched.items()}
+    start = {Cell(UNIT, *positions): stitch for positions, stitch in matched.items()}
     model = FrozenNetwork(pair.chains[1], dtype=torch.float64, device=CPU)
     results = train_group(model, sender, list(start), RECIPE, ORDER, init=start)
     for cell, result in results.items():
-        assert result.status == (DIVERGED if cell.i == 2 else DONE)
+        assert result.status == (Status.DIVERGED if cell.i == 2 else Status.DONE)
 
 
 def test_preconditioning_needs_a_matched_start() -> None:
     for options in ({}, {"loss": "match"}):
-        with pytest.raises(ConfigError, match="add --init matched"):
+        with pytest.raises(ConfigError, match="add init='matched'"):
             fashion_config(optimizer="preconditioned", **options)
-    with pytest.raises(ConfigError, match="--optimizer adam: expected one of sgd, preconditioned"):
+    with pytest.raises(ConfigError, match="optimizer='adam': expected one of sgd, preconditioned"):
         fashion_config(optimizer="adam")
     assert fashion_config(init="matched", optimizer="preconditioned").recipe.lr == 0.08
     assert fashion_config(init="matched", optimizer="preconditioned", lr=0.5).recipe.lr == 0.5

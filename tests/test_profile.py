@@ -1,4 +1,4 @@
-"""The profile that ``bench --tune`` writes: used by sweeps on the machine that was measured, and by no other."""
+"""The profile that ``bench --tune`` writes: sweeps on the same machine use it, others ignore it."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ import torch
 
 import fastsitch
 from fastsitch.data import Dataset
-from fastsitch.sweep.profile import Profile, Tuning, find_tuning, profile_path, save_tuning, tuned_compile
+from fastsitch.planning.machine_profile import Profile, Tuning, find_tuning, profile_path, save_tuning, tuned_compile
 from tests.conftest import save_npz
 
 CPU = torch.device("cpu")
@@ -18,7 +18,7 @@ TUNING = Tuning(width=4, batch_size=16, precision="fp32", group_size=7, compile=
 
 
 @pytest.fixture(scope="module")
-def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def root_and_dataset(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A root with R1111 trained on 160 images at width 4, and the name of its data set."""
     folder = tmp_path_factory.mktemp("profile")
     save_npz(folder / "small.npz", fashion.train, fashion.test, 160, 80)
@@ -27,9 +27,9 @@ def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     return folder, dataset
 
 
-def group_size(place: tuple[Path, str], run: str, **options: object) -> int:
+def group_size(root_and_dataset: tuple[Path, str], run: str, **options: object) -> int:
     """What a new sweep settles on."""
-    root, _ = place
+    root, _ = root_and_dataset
     given = {"recipe": "small", "epochs": 1, "batch_size": 16, "precision": "fp32", **options}
     return fastsitch.sweep(["R1111"], ["R1111"], root=root, run=run, **given).resolved.group_size
 
@@ -38,20 +38,25 @@ def find(root: Path) -> Tuning | None:
     return find_tuning(root, CPU, width=4, batch_size=16, precision="fp32")
 
 
-def test_a_sweep_uses_what_was_measured_here(place: tuple[Path, str], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.slow
+def test_a_sweep_uses_what_was_measured_here(
+    root_and_dataset: tuple[Path, str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "fastsitch")
-    assert group_size(place, "without") == 25
-    save_tuning(place[0], CPU, TUNING)
-    assert group_size(place, "tuned") == 7
+    assert group_size(root_and_dataset, "without") == 25
+    save_tuning(root_and_dataset[0], CPU, TUNING)
+    assert group_size(root_and_dataset, "tuned") == 7
     assert "groups of up to 7 cells: memory allows 25, the profile's best is 7" in caplog.text
-    estimate = fastsitch.estimate(["R1111"], ["R1111"], root=place[0], recipe="small", batch_size=16, precision="fp32")
+    estimate = fastsitch.estimate(
+        ["R1111"], ["R1111"], root=root_and_dataset[0], recipe="small", batch_size=16, precision="fp32"
+    )
     assert estimate.group_size == 7
     # what was asked for by name stays, and memory has the last word
-    assert group_size(place, "named", group_size=3) == 3
-    save_tuning(place[0], CPU, replace(TUNING, group_size=1000))
-    assert group_size(place, "large") == 25
+    assert group_size(root_and_dataset, "named", group_size=3) == 3
+    save_tuning(root_and_dataset[0], CPU, replace(TUNING, group_size=1000))
+    assert group_size(root_and_dataset, "large") == 25
     # other shapes were not measured
-    assert group_size(place, "other-batch", batch_size=32) == 25
+    assert group_size(root_and_dataset, "other-batch", batch_size=32) == 25
     assert "has nothing for width 4, batch 32, fp32; measure with fastsitch bench --tune" in caplog.text
 
 
@@ -61,11 +66,11 @@ def test_a_foreign_profile_is_ignored_and_said_so(what: str, tmp_path: Path, cap
     path = save_tuning(tmp_path, CPU, TUNING)
     assert find(tmp_path) == TUNING
     content = json.loads(path.read_text())
-    place = content if what in content else content["versions"]
-    place[what] = 99 if what == "threads" else "another"
+    section = content if what in content else content["versions"]
+    section[what] = 99 if what == "threads" else "another"
     path.write_text(json.dumps(content))
     assert find(tmp_path) is None
-    assert f"was measured elsewhere ({what} {place[what]}, here " in caplog.text
+    assert f"was measured elsewhere ({what} {section[what]}, here " in caplog.text
     # measuring here replaces it
     save_tuning(tmp_path, CPU, TUNING)
     assert find(tmp_path) == TUNING
@@ -107,7 +112,7 @@ def test_tunings_of_several_shapes_live_side_by_side(tmp_path: Path) -> None:
     save_tuning(tmp_path, CPU, replace(TUNING, group_size=8))
     profile = Profile.read(tmp_path)
     assert profile is not None
-    assert [(own.width, own.group_size) for own in profile.tunings] == [(64, 9), (4, 8)]
+    assert [(tuning.width, tuning.group_size) for tuning in profile.tunings] == [(64, 9), (4, 8)]
 
 
 def test_compile_follows_the_profile_only_where_auto_was_asked_for() -> None:

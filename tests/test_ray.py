@@ -1,5 +1,6 @@
-"""Many machines: a Ray cluster does what one machine would, bit by bit, and workers and drivers may be killed."""
+"""Many machines: a Ray cluster gives the results of one machine, bit by bit, even if workers or drivers are killed."""
 
+import logging
 import os
 import shutil
 import signal
@@ -22,30 +23,31 @@ import torch
 import fastsitch
 from fastsitch.activations.store import ActivationStore
 from fastsitch.cli.options import with_addresses
-from fastsitch.cluster import crew
+from fastsitch.cluster import worker_pool
+from fastsitch.cluster.affinity_queue import AffinityQueue
 from fastsitch.cluster.cluster import Cluster
-from fastsitch.cluster.crew import Crew, Places, Work
-from fastsitch.cluster.deal import Deal
-from fastsitch.cluster.worker import Arrived
+from fastsitch.cluster.worker import Started
+from fastsitch.cluster.worker_pool import Work, WorkerPool, WorkerSlots
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, FailedError, StoreError
+from fastsitch.execution.distribute_sweep import UnitTask
 from fastsitch.machine import versions
 from fastsitch.root import Root
-from fastsitch.sweep.distribute import UnitStation
-from tests.conftest import Command, cli_environment, cli_line, save_npz
-from tests.test_paper import contents as study_contents
-from tests.test_paper import tiny_paper
+from tests.conftest import Command, save_npz
+from tests.processes import PATIENCE, RunningCommand
+from tests.test_study import contents as study_contents
+from tests.test_study import start_tiny_study
+
+pytestmark = pytest.mark.cluster
 
 SWEEP = ["--senders", "R1111,R1112", "--receivers", "R1111,R1112", "--recipe", "small", "--batch-size", "16"]
 SWEEP += ["--epochs", "1", "--seeds", "0,1"]
 OPTIONS = {"recipe": "small", "batch_size": 16, "epochs": 1, "seeds": [0, 1]}
-PATIENCE = 600
-"""Seconds after which something is taken to hang: several processes start, which takes its time on a busy machine."""
 
 
 @pytest.fixture(scope="module")
 def root(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A root with R1111 and R1112 trained on 160 images, and the runs that this machine makes alone."""
+    """A root with R1111 and R1112 trained on 160 images, and runs made by this machine alone."""
     folder = tmp_path_factory.mktemp("ray")
     save_npz(folder / "small.npz", fashion.train, fashion.test, 160, 80)
     dataset = f"npz:{folder / 'small.npz'}"
@@ -83,39 +85,29 @@ def units(root: Path, run: str) -> dict[str, bytes]:
 
 
 @contextmanager
-def sweeping(root: Path, run: str, *options: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+def sweeping(root: Path, run: str, *options: str, **variables: str) -> Iterator[RunningCommand]:
     """The sweep under way as a command; killed in the end if it is still there."""
-    process = subprocess.Popen(
-        cli_line("sweep", *SWEEP, "--run", run, "--root", root, *options),
-        env={**cli_environment(), **variables},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = RunningCommand("sweep", *SWEEP, "--run", run, "--root", root, *options, **variables)
     try:
-        yield process
+        yield command
     finally:
-        process.kill()
-        process.communicate()
+        command.kill()
 
 
-def wait_for_units(process: "subprocess.Popen[str]", root: Path, run: str, count: int) -> None:
-    """Until so many units are saved."""
+def wait_for_units(command: RunningCommand, root: Path, run: str, count: int) -> None:
+    """Wait until so many units are saved."""
     (folder,) = (root / "runs").iterdir()
-    deadline = time.monotonic() + PATIENCE
-    while len(list((folder / run / "units").glob("*.npz"))) < count:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    saved = folder / run / "units"
+    assert command.wait_for(lambda: len(list(saved.glob("*.npz"))) >= count, pause=0.01), command.ended()
 
 
 def processes(text: str) -> list[int]:
-    """Those whose command line has a text in it."""
-    return [int(place.name) for place in Path("/proc").glob("[0-9]*") if text in command_line(place.name)]
+    """Processes whose command line contains a text."""
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*") if text in command_line(path.name)]
 
 
 def workers(cluster: str) -> list[int]:
-    """Processes of workers of a cluster: those who start them know its address."""
+    """Processes of the workers of a cluster, found by its address in their command lines."""
     return [pid for pid in processes("ray::Worker.run") if cluster in command_line(parent(pid))]
 
 
@@ -128,7 +120,7 @@ def parent(pid: int) -> str:
 
 
 def proc(pid: str, name: str) -> str:
-    """Nothing when the process is gone meanwhile."""
+    """Empty when the process has ended in the meantime."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
@@ -140,65 +132,65 @@ def test_a_sweep_survives_the_loss_of_a_worker(cluster: str, root: Path) -> None
         wait_for_units(driver, root, "lost", 2)
         first, _ = workers(cluster)
         os.kill(first, signal.SIGKILL)
-        output, errors = driver.communicate(timeout=PATIENCE)
-    assert driver.returncode == 0, errors
-    assert "trying it again" in errors
+        ended = driver.ended()
+    assert ended.returncode == 0, ended.stderr
+    assert "trying it again" in ended.stderr
     assert units(root, "lost") == units(root, "alone")
     # Ray itself says nothing
-    assert "raylet" not in output + errors
-    assert not [line for line in errors.splitlines() if line.startswith("[20")]
-    assert [line.split()[0] for line in output.splitlines()[:-1]] == ["run", "pair", *["R1111"] * 2, *["R1112"] * 2]
+    assert "raylet" not in ended.stdout + ended.stderr
+    assert not [line for line in ended.stderr.splitlines() if line.startswith("[20")]
+    first_words = [line.split()[0] for line in ended.stdout.splitlines()[:-1]]
+    assert first_words == ["run", "pair", *["R1111"] * 2, *["R1112"] * 2]
 
 
-def test_local_and_distributed_runs_continue_each_other(root: Path) -> None:
+def test_local_and_distributed_runs_continue_each_other(root: Path, run_cli: Command) -> None:
     """Each killed without a chance to clean up; a cluster of its own goes down with its driver."""
-    with short_folder() as place:
-        with sweeping(root, "first", "--ray", TMPDIR=str(place)) as driver:
+    with short_folder() as folder:
+        with sweeping(root, "first", "--ray", TMPDIR=str(folder)) as driver:
             wait_for_units(driver, root, "first", 1)
-        (left,) = place.iterdir()
+        (left,) = folder.iterdir()
         assert left.name.startswith("fastsitch-ray-")
         deadline = time.monotonic() + PATIENCE
         while processes(left.name):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        with sweeping(root, "first") as alone:
-            _, errors = alone.communicate(timeout=PATIENCE)
-        assert alone.returncode == 0, errors
-        assert "of 8 units are done already" in errors
+        ended = run_cli("sweep", *SWEEP, "--run", "first", "--root", root)
+        assert ended.returncode == 0, ended.stderr
+        assert "of 8 units are done already" in ended.stderr
         assert units(root, "first") == units(root, "alone")
 
         with sweeping(root, "second") as alone:
             wait_for_units(alone, root, "second", 1)
-        with sweeping(root, "second", "--ray", TMPDIR=str(place)) as driver:
-            _, errors = driver.communicate(timeout=PATIENCE)
-        assert driver.returncode == 0, errors
-        assert "of 8 units are done already" in errors
+        with sweeping(root, "second", "--ray", TMPDIR=str(folder)) as driver:
+            ended = driver.ended()
+        assert ended.returncode == 0, ended.stderr
+        assert "of 8 units are done already" in ended.stderr
         assert units(root, "second") == units(root, "alone")
         # nothing is left, not even of the killed one
-        assert list(place.iterdir()) == []
+        assert list(folder.iterdir()) == []
 
 
 def test_an_interrupted_driver_ends_its_cluster(root: Path) -> None:
-    # so long that it does not end before the signal comes
-    line = ["--ray", "--epochs", "100"]
-    with short_folder() as place, sweeping(root, "interrupted", *line, TMPDIR=str(place)) as driver:
+    # so long that it does not end before the signal comes: 8 units
+    line = ["--ray", "--epochs", "12"]
+    with short_folder() as folder, sweeping(root, "interrupted", *line, TMPDIR=str(folder)) as driver:
         wait_for_units(driver, root, "interrupted", 1)
         driver.send_signal(signal.SIGINT)
-        _, errors = driver.communicate(timeout=PATIENCE)
-        assert driver.returncode == 1
-        assert errors.splitlines()[-1] == (
-            "fastsitch: interrupted; what is finished is kept, the same command does the rest"
+        ended = driver.ended()
+        assert ended.returncode == 1
+        assert ended.stderr.splitlines()[-1] == (
+            "fastsitch: interrupted; finished units are saved, run the same command to resume"
         )
-        assert list(place.iterdir()) == []
-        assert not processes(f"{place}/fastsitch-ray-")
+        assert list(folder.iterdir()) == []
+        assert not processes(f"{folder}/fastsitch-ray-")
 
 
 @pytest.mark.parametrize("options", [{"init": "matched"}, {"loss": "match"}, {"loss": "match", "solver": "sgd"}])
 def test_matched_runs_are_the_same_too(cluster: str, root: Path, options: dict[str, str]) -> None:
     name = "-".join(options.values())
     settings = {**OPTIONS, "seeds": [0], "root": root, **options}
-    fastsitch.sweep("R1111", "R1111,R1112", run=f"{name}-alone", **settings)
-    fastsitch.sweep("R1111", "R1111,R1112", run=name, ray=cluster, **settings)
+    fastsitch.sweep("R1111", "R1112", run=f"{name}-alone", **settings)
+    fastsitch.sweep("R1111", "R1112", run=name, ray=cluster, **settings)
     assert units(root, name) == units(root, f"{name}-alone")
 
 
@@ -208,27 +200,27 @@ def test_stores_are_the_same(cluster: str, fashion: Dataset, tmp_path: Path, run
     fastsitch.train("R1111", "R1112", dataset=dataset, width=4, epochs=1, root=tmp_path)
     made = run_cli("precompute", "R1111", "R1112", "--root", tmp_path, "--ray", cluster)
     assert made.returncode == 0, made.stderr
-    assert made.stdout.count(", made: ") == 2
-    stores = Root.at(tmp_path).activations(dataset)
+    assert made.stderr.count(" is made: ") == 2
+    stores = Path(Root.at(tmp_path).activations(dataset))
     there = {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()}
     shutil.rmtree(stores)
     assert run_cli("precompute", "R1111", "R1112", "--root", tmp_path).returncode == 0
     assert {path: path.read_bytes() for path in stores.rglob("*") if path.is_file()} == there
 
 
-def test_a_study_gives_the_same_results(cluster: str, tmp_path: Path) -> None:
+def test_a_study_gives_the_same_results(cluster: str, small_npz: Path, tmp_path: Path) -> None:
     """Its networks, stores and stitches are made by workers, the rest by the driver."""
-    for place, options in ((tmp_path / "alone", []), (tmp_path / "together", ["--ray", cluster])):
-        place.mkdir()
-        with tiny_paper(place, "--stages", "train,precompute,sweep,matched", *options) as process:
-            _, log = process.communicate(timeout=PATIENCE)
-        assert process.returncode == 0, log
-    assert "making the activation stores" not in log
+    stages = ["--stages", "train,precompute,sweep", "--settings", "T2T"]
+    for folder, options in ((tmp_path / "alone", []), (tmp_path / "together", ["--ray", cluster])):
+        folder.mkdir()
+        ended = start_tiny_study(folder, *stages, *options).ended()
+        assert ended.returncode == 0, ended.stderr
+    assert "making the activation stores" not in ended.stderr
     assert study_contents(tmp_path / "together") == study_contents(tmp_path / "alone")
 
 
 class Counting:
-    """A station that also says how often each chunk was read by this worker."""
+    """A task that also returns how often this worker read each chunk."""
 
     def __init__(self, *arguments: Any) -> None:
         self.opened: list[ActivationStore] = []
@@ -239,10 +231,10 @@ class Counting:
             return self.opened[-1]
 
         ActivationStore.open = open_store  # type: ignore[method-assign, assignment]
-        self.station = UnitStation(*arguments)
+        self.task = UnitTask(*arguments)
 
-    def __call__(self, planned: Any, tell: Callable[[Any], None]) -> tuple[int, Counter[tuple[str, str, int]]]:
-        self.station(planned, tell)
+    def __call__(self, unit: Any, report: Callable[[Any], None]) -> tuple[int, Counter[tuple[str, str, int]]]:
+        self.task(unit, report)
         reads: Counter[tuple[str, str, int]] = Counter()
         for store in self.opened:
             reads.update({(store.path.name, *chunk): count for chunk, count in store.reads.items()})
@@ -254,10 +246,10 @@ def test_a_worker_reads_no_chunk_twice(cluster: str, root: Path) -> None:
     assert run.resolved.source == "resident"
     read: dict[int, Counter[tuple[str, str, int]]] = {}
     with Cluster(cluster, root=root) as machines:
-        places = machines.places("auto")
-        assert (places.device, places.threads, places.total, places.per_machine) == ("cpu", 1, 2, 1)
+        slots = machines.worker_slots("auto")
+        assert (slots.device, slots.threads, slots.total, slots.per_machine) == ("cpu", 1, 2, 1)
         make = partial(Counting, Root.at(root).absolute(), run.path, "cpu", run.units)
-        for _, (worker, reads) in machines.carry_out(make, run.units, places, key=lambda planned: planned.sender):
+        for _, (worker, reads) in machines.run_jobs(make, run.units, slots, key=lambda unit: unit.sender_network):
             read[worker] = reads
     assert len(read) == 2
     for reads in read.values():
@@ -267,7 +259,7 @@ def test_a_worker_reads_no_chunk_twice(cluster: str, root: Path) -> None:
 
 
 def test_workers_have_a_gpu_each_where_there_are_any(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a cluster of three machines says of itself; one of them is gone."""
+    """With what Ray reports for three machines, one of which has died."""
     threads = float(torch.get_num_threads())
     nodes = [
         {"Alive": True, "Resources": {"CPU": 2 * threads, "GPU": 2.0}},
@@ -277,14 +269,16 @@ def test_workers_have_a_gpu_each_where_there_are_any(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Cluster, "_connected", lambda self: SimpleNamespace(nodes=lambda: nodes))
     machines = Cluster("auto", root=tmp_path)
     for device, kind, total in (("auto", "cuda", 2), ("cuda", "cuda", 2), ("cpu", "cpu", 3)):
-        assert machines.places(device) == Places(device=kind, threads=int(threads), total=total, per_machine=2)
+        assert machines.worker_slots(device) == WorkerSlots(
+            device=kind, threads=int(threads), total=total, per_machine=2
+        )
 
 
-def refuse(job: str, tell: Callable[[Any], None]) -> None:
+def refuse(job: str, report: Callable[[Any], None]) -> None:
     raise StoreError(f"{job} is stale")
 
 
-def fail(folder: Path, job: str, tell: Callable[[Any], None]) -> None:
+def fail(folder: Path, job: str, report: Callable[[Any], None]) -> None:
     (folder / f"{os.getpid()}").touch()
     raise RuntimeError(f"no {job} today\nand more")
 
@@ -293,32 +287,32 @@ def test_refusals_are_raised_at_once_and_failures_after_three_attempts(
     cluster: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with Cluster(cluster, root=tmp_path) as machines:
-        places = machines.places("cpu")
+        slots = machines.worker_slots("cpu")
         with pytest.raises(StoreError, match="a is stale"):
-            list(machines.carry_out(lambda: refuse, ["a"], places))
-        assert not caplog.records
+            list(machines.run_jobs(lambda: refuse, ["a"], slots))
+        assert not [record for record in caplog.records if record.levelno > logging.INFO]
         with pytest.raises(FailedError, match=r"job a failed 3 times on the Ray cluster, last on .*RuntimeError: no a"):
-            list(machines.carry_out(partial(partial, fail, tmp_path), ["a"], places, name="job {}".format))
+            list(machines.run_jobs(partial(partial, fail, tmp_path), ["a"], slots, name="job {}".format))
     assert len(list(tmp_path.iterdir())) == 3
     assert [record.getMessage().partition(" on ")[0] for record in caplog.records] == ["job a failed"] * 2
     assert all(record.getMessage().endswith("(no a today): trying it again") for record in caplog.records)
 
 
 def test_jobs_of_one_key_stay_together() -> None:
-    deal = Deal(["a1", "a2", "b1", "b2", "c1"], key=lambda job: job[0])
-    assert [deal.take(0), deal.take(1), deal.take(0), deal.take(1)] == ["a1", "b1", "a2", "b2"]
-    assert deal.take(0) == "c1"
-    # worker 1 is lost: its job is for anyone who did not let its key go, or still holds it
-    deal.put_back(1, "b2")
-    assert deal.take(0) == "b2"
-    assert deal.take(0) is None
-    deal = Deal(["a1", "a2", "a3", "b1"], key=lambda job: job[0])
-    assert [deal.take(0), deal.take(0), deal.take(1), deal.take(1)] == ["a1", "a2", "b1", "a3"]
-    assert [deal.take(0), deal.take(1)] == [None, None]
-    deal.put_back(1, "a3")
-    # worker 0 has let go of a
-    assert deal.take(0) is None
-    assert deal.take(2) == "a3"
+    queue = AffinityQueue(["a1", "a2", "b1", "b2", "c1"], key=lambda job: job[0])
+    assert [queue.take(0), queue.take(1), queue.take(0), queue.take(1)] == ["a1", "b1", "a2", "b2"]
+    assert queue.take(0) == "c1"
+    # worker 1 is lost: its job is for anyone who has not left its key, or still has it loaded
+    queue.put_back(1, "b2")
+    assert queue.take(0) == "b2"
+    assert queue.take(0) is None
+    queue = AffinityQueue(["a1", "a2", "a3", "b1"], key=lambda job: job[0])
+    assert [queue.take(0), queue.take(0), queue.take(1), queue.take(1)] == ["a1", "a2", "b1", "a3"]
+    assert [queue.take(0), queue.take(1)] == [None, None]
+    queue.put_back(1, "a3")
+    # worker 0 has left a
+    assert queue.take(0) is None
+    assert queue.take(2) == "a3"
 
 
 def test_an_address_may_be_left_out() -> None:
@@ -337,7 +331,7 @@ def test_an_address_may_be_left_out() -> None:
         (["--memory", "1kB"], "--memory leaves"),
     ],
 )
-def test_what_cannot_work_is_refused_without_a_trace(
+def test_what_cannot_work_is_refused_and_leaves_nothing_behind(
     options: list[str], message: str, cluster: str, root: Path, run_cli: Command
 ) -> None:
     refused = run_cli("sweep", *SWEEP, "--root", root, "--run", "refused", "--ray", cluster, *options)
@@ -349,31 +343,31 @@ def test_what_cannot_work_is_refused_without_a_trace(
     assert not list(root.glob(".fastsitch-*"))
 
 
-def test_a_cluster_without_room_is_waited_for_and_that_is_said(
+def test_a_sweep_waits_for_a_busy_cluster_and_logs_it(
     cluster: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crew, "_PATIENCE", 1.0)
+    monkeypatch.setattr(worker_pool, "_WAITING_NOTICE", 1.0)
     with Cluster(cluster, root=tmp_path) as machines:
-        places = machines.places("cpu")
+        slots = machines.worker_slots("cpu")
         sleep = ray.remote(num_cpus=1)(lambda: time.sleep(6))
         others = [sleep.remote() for _ in range(2)]
         time.sleep(1)
-        ((job, pid),) = machines.carry_out(lambda: lambda job, tell: os.getpid(), ["a"], places)
+        ((job, pid),) = machines.run_jobs(lambda: lambda job, report: os.getpid(), ["a"], slots)
         ray.get(others)
     assert (job, pid != os.getpid()) == ("a", True)
-    (line,) = [record.getMessage() for record in caplog.records]
-    assert line == "waiting for room on the Ray cluster: other work has its processors or GPUs"
+    (line,) = [record.getMessage() for record in caplog.records if record.levelno > logging.INFO]
+    assert line == "waiting for free CPUs or GPUs on the Ray cluster: other work is using them"
 
 
 def test_workers_that_would_do_something_else_are_refused(tmp_path: Path) -> None:
-    places = Places(device="cpu", threads=1, total=1, per_machine=1)
-    work: Work[str] = Work(make=lambda: refuse, jobs=[], name=str, key=str, report=lambda job, value: None)
-    own = Crew(None, places, work, tmp_path / "witness")
-    own._check(Arrived("far", 1, versions(), shares=True))
-    with pytest.raises(ConfigError, match=f"{tmp_path} is another folder on far, or none"):
-        own._check(Arrived("far", 1, versions(), shares=False))
+    slots = WorkerSlots(device="cpu", threads=1, total=1, per_machine=1)
+    work: Work[str] = Work(make_task=lambda: refuse, jobs=[], name=str, key=str, report=lambda job, value: None)
+    pool = WorkerPool(None, slots, work, tmp_path / "marker")
+    pool._require_compatible(Started("far", 1, versions(), sees_root=True))
+    with pytest.raises(ConfigError, match=f"far does not see this machine's {tmp_path}: with ray"):
+        pool._require_compatible(Started("far", 1, versions(), sees_root=False))
     with pytest.raises(ConfigError, match="far has torch 1.0: expected "):
-        own._check(Arrived("far", 1, {**versions(), "torch": "1.0+cpu"}, shares=True))
+        pool._require_compatible(Started("far", 1, {**versions(), "torch": "1.0+cpu"}, sees_root=True))
 
 
 def test_ray_is_optional(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Recorded training steps: all of them that is not CUDA. bench/gpu.py replays real recordings."""
+"""Recorded training steps, as far as they can be tested without CUDA. bench/gpu.py replays real recordings."""
 
 import logging
 import re
@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsitch.activations.batch import Batch
-from fastsitch.activations.resident import ResidentSource
-from fastsitch.activations.streamed import StreamedSource
+from fastsitch.activations.representation_batch import Batch
+from fastsitch.activations.resident_source import ResidentSource
+from fastsitch.activations.streamed_source import StreamedSource
 from fastsitch.data import Dataset
-from fastsitch.stitching import recorded
+from fastsitch.stitching import recorded_step as recorded
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.engine import CellResult, set_rate, stitch_bank, stitch_optimizer, train_group
-from fastsitch.stitching.recorded import WARM_UP, RecordedStep
+from fastsitch.stitching.engine import set_rate, stitch_bank, stitch_optimizer, train_group
+from fastsitch.stitching.recorded_step import WARM_UP, RecordedStep
 from tests.conftest import network
 from tests.test_engine import CPU, ORDER, RECIPE, all_cells, frozen, source_of
 from tests.test_sources import live_source, write_store
@@ -28,10 +29,10 @@ STEPS = 2 * (IMAGES // RECIPE.batch_size)
 
 def assert_same(one: Mapping[Cell, CellResult], other: Mapping[Cell, CellResult]) -> None:
     assert one.keys() == other.keys()
-    for cell, own in one.items():
-        assert torch.equal(own.weight_FD, other[cell].weight_FD), cell
-        assert torch.equal(own.bias_D, other[cell].bias_D), cell
-        assert (own.accuracy, own.loss, own.train_loss) == (
+    for cell, result in one.items():
+        assert torch.equal(result.weight_FD, other[cell].weight_FD), cell
+        assert torch.equal(result.bias_D, other[cell].bias_D), cell
+        assert (result.accuracy, result.loss, result.train_loss) == (
             other[cell].accuracy,
             other[cell].loss,
             other[cell].train_loss,
@@ -108,15 +109,15 @@ def test_two_passes_of_a_live_source_never_share_memory(fashion: Dataset) -> Non
     found = [batch.values(shape, 0).clone() for batch in drawn]
     expected = [next(train.shuffled(ORDER, epoch, 8)).values(shape, 0).clone() for epoch in (0, 1)]
     assert not torch.equal(*expected)
-    assert all(torch.equal(own, true) for own, true in zip(found, expected, strict=True))
+    assert all(torch.equal(values, true) for values, true in zip(found, expected, strict=True))
 
 
 def batches(source: ResidentSource, numbers: Iterable[int]) -> list[Batch]:
     return [source.train.batch(torch.tensor([number])) for number in numbers]
 
 
-def test_batches_that_lie_elsewhere_are_not_read_from_a_recording() -> None:
-    """Of every batch the step returns the number of the image that it was given."""
+def test_batches_at_other_addresses_are_not_replayed() -> None:
+    """The step returns the number of each image in its batch."""
 
     def numbered(first: int) -> ResidentSource:
         x = torch.arange(first, first + 100, dtype=torch.float64).view(-1, 1, 1, 1)
@@ -173,8 +174,8 @@ def test_a_rate_on_the_device_is_changed_where_a_recording_reads_it(fashion: Dat
         if tensor:
             optimizer.param_groups[0]["lr"] = torch.tensor(RECIPE.lr, dtype=torch.float64)
         rate = optimizer.param_groups[0]["lr"]
-        for own in (0.25, 0.5):
-            set_rate(optimizer, own)
+        for changed in (0.25, 0.5):
+            set_rate(optimizer, changed)
             assert bank.parameters.grad is not None
             bank.parameters.grad.copy_(bank.parameters)
             optimizer.step()

@@ -1,4 +1,4 @@
-"""Matched stitches by training: the plain loop's result, one batch for all, never better than the exact solution."""
+"""Matched stitches by training: the result of a plain loop for any grouping, never better than the exact solution."""
 
 import json
 import re
@@ -12,25 +12,27 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsitch
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import ResidentSplitInOrder
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.ordered_split import ResidentSplitInOrder
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, RunError
 from fastsitch.kernels.reference import conv_weight
-from fastsitch.networks.frozen import FrozenNetwork
+from fastsitch.planning import sweep_estimate as estimates
+from fastsitch.planning.group_memory import StepKind, group_memory
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
-from fastsitch.stitching.bank import StitchBank, initial_stitch
+from fastsitch.runs.sweep_config import sweep_config
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.engine import DIVERGED, DONE, CellResult, TrainingRecipe
 from fastsitch.stitching.geometry import Geometry
 from fastsitch.stitching.matching import match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
+from fastsitch.stitching.recipe import TrainingRecipe
 from fastsitch.stitching.regression import Regression, regress_group
-from fastsitch.stitching.schedule import stitch_schedule
-from fastsitch.sweep import estimate as estimates
-from fastsitch.sweep.config import sweep_config
-from fastsitch.sweep.memory import StepKind, group_memory
+from fastsitch.stitching.stitch_bank import StitchBank, initial_stitch
+from fastsitch.stitching.stitch_schedule import stitch_schedule
+from fastsitch.vocabulary import Status
 from tests.conftest import Command, network, save_npz
 from tests.test_engine import all_cells, assert_same, frozen, source_of
 from tests.test_memory import KIND, cells, shapes
@@ -123,30 +125,32 @@ def test_any_grouping_trains_every_stitch_to_the_same_weights(pair: Pair) -> Non
 
 
 def test_training_approaches_the_exact_solution_and_never_passes_it(pair: Pair) -> None:
-    """Every cell, on the training images; most of what can be gained is gained after enough epochs."""
+    """In every cell, on the training images; enough epochs come close to it."""
     moments = pair_moments(SenderMoments(ResidentSplitInOrder(pair.source)), ResidentSplitInOrder(pair.expected))
     exact = match(moments)
     calm = TrainingRecipe(name="small", epochs=60, batch_size=24, lr=0.003, momentum=0.9, weight_decay=0.0)
     longer = pair.train(pair.cells, calm)
     gained = []
     for cell in pair.cells:
-        own, least = moments[cell.i, cell.j], exact[cell.i, cell.j].error
+        cell_moments, least = moments[cell.i, cell.j], exact[cell.i, cell.j].error
         weight, bias = initial_stitch(cell, pair.geometry(cell))
-        begun = own.error(weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]), bias)
-        short, long = (own.error(result[cell].weight_FD, result[cell].bias_D) for result in (pair.trained, longer))
-        slack = 1e-8 * own.scatter_D.sum().item() / own.elements
+        begun = cell_moments.error(weight.permute(2, 3, 1, 0).reshape(-1, weight.shape[0]), bias)
+        short, long = (
+            cell_moments.error(result[cell].weight_FD, result[cell].bias_D) for result in (pair.trained, longer)
+        )
+        slack = 1e-8 * cell_moments.scatter_D.sum().item() / cell_moments.elements
         assert least - slack <= long < begun
         assert least - slack <= short
         gained.append((begun - long) / (begun - least))
     assert min(gained) > 0.7
 
 
-def test_a_stitch_that_diverges_harms_no_other(pair: Pair, fashion: Dataset) -> None:
+def test_a_diverging_stitch_leaves_the_others_unchanged(pair: Pair, fashion: Dataset) -> None:
     spoilt = source_of(pair.sender, fashion)
     spoilt.train._stacks[(8, 16, 16)].mul_(1e300)
     wild = regress_group(pair.model, spoilt, pair.expected, pair.cells, RECIPE, ORDER)
     for cell in pair.cells:
-        assert wild[cell].status == (DIVERGED if cell.i == 2 else DONE)
+        assert wild[cell].status == (Status.DIVERGED if cell.i == 2 else Status.DONE)
         if cell.i != 2:
             assert torch.equal(wild[cell].weight_FD, pair.trained[cell].weight_FD)
 
@@ -186,7 +190,7 @@ def test_a_step_runs_without_hardware_and_without_synchronising(kernel: str) -> 
     assert (loss.shape, loss.device, loss.dtype) == ((30,), meta, torch.float32)
 
 
-def test_the_published_way_takes_thirty_epochs_unless_told_otherwise() -> None:
+def test_the_published_solver_trains_thirty_epochs_by_default() -> None:
     options: dict[str, Any] = {"dataset": "cifar10", "senders": "R1111", "receivers": "R1112", "loss": "match"}
     config = sweep_config(**options, solver="sgd")
     recipe = config.recipe
@@ -194,7 +198,7 @@ def test_the_published_way_takes_thirty_epochs_unless_told_otherwise() -> None:
     assert sweep_config(**options, solver="sgd", epochs=3).recipe.epochs == 3
     exact = sweep_config(**options)
     assert exact.recipe.epochs == 4
-    assert [(own.matches, own.solves, own.regresses, own.trains) for own in (config, exact)] == [
+    assert [(each.matches, each.solves, each.regresses, each.trains) for each in (config, exact)] == [
         (True, False, True, True),
         (True, True, False, False),
     ]
@@ -203,20 +207,22 @@ def test_the_published_way_takes_thirty_epochs_unless_told_otherwise() -> None:
     assert [sweep_config(**views, solver=solver).augments for solver in ("sgd", "exact")] == [True, False]
 
 
-def test_no_block_of_the_receiver_needs_memory() -> None:
+def test_training_on_the_squared_error_needs_no_memory_for_receiver_blocks() -> None:
     sender, receiver = shapes("R1111"), shapes("R1112")
-    own = cells(sender, receiver)
+    all_cells = cells(sender, receiver)
     kinds = {
         regresses: StepKind.of(CPU, "bf16", "torch", "off", 64, regresses=regresses) for regresses in (False, True)
     }
     assert kinds[False] == KIND
     overhead = group_memory([], sender, receiver, KIND)
-    task, regression = (group_memory(own, sender, receiver, kinds[regresses]) - overhead for regresses in (False, True))
+    task, regression = (
+        group_memory(all_cells, sender, receiver, kinds[regresses]) - overhead for regresses in (False, True)
+    )
     assert 0.2 < regression / task < 0.6
 
 
 @pytest.fixture(scope="module")
-def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def root_and_dataset(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A root with R1111 and R1112 of width 4, and the name of their data set."""
     folder = tmp_path_factory.mktemp("regression")
     save_npz(folder / "few.npz", fashion.train, fashion.test, 160, 80)
@@ -228,8 +234,8 @@ def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 SWEEP: dict[str, Any] = {"loss": "match", "solver": "sgd", "recipe": "small", "epochs": 2, "batch_size": 16}
 
 
-def test_every_source_gives_the_same_matrix(place: tuple[Path, str]) -> None:
-    root, _ = place
+def test_every_source_gives_the_same_matrix(root_and_dataset: tuple[Path, str]) -> None:
+    root, _ = root_and_dataset
     options = {**SWEEP, "precision": "fp32", "window": 64, "block": 32, "root": root}
     runs = [
         fastsitch.sweep(["R1111"], ["R1112", "R1111"], source=source, run=f"from-{source}", **options)
@@ -247,20 +253,21 @@ def test_every_source_gives_the_same_matrix(place: tuple[Path, str]) -> None:
             np.testing.assert_allclose(one, other, rtol=0.02)
 
 
-def test_new_views_of_the_images_are_the_same_for_both_networks(place: tuple[Path, str]) -> None:
+@pytest.mark.slow
+def test_new_views_of_the_images_are_the_same_for_both_networks(root_and_dataset: tuple[Path, str]) -> None:
     """A network matched to itself nears the identity, which it could not if its two sides saw different views."""
-    root, _ = place
+    root, _ = root_and_dataset
     options = {**SWEEP, "recipe": "published-schedule", "epochs": 30, "lr": 0.3, "root": root}
     run = fastsitch.sweep(["R1111"], ["R1111"], run="views", **options)
     assert run.resolved.source == "live"
     short = fastsitch.sweep(["R1111"], ["R1111"], run="few-views", **{**options, "epochs": 1})
-    first, last = (own.matrix("R1111", "R1111", "train_loss").diagonal()[:2] for own in (short, run))
+    first, last = (trained.matrix("R1111", "R1111", "train_loss").diagonal()[:2] for trained in (short, run))
     assert (last < 0.1 * first).all()
 
 
-def test_the_error_that_is_saved_is_that_of_the_final_stitch(place: tuple[Path, str]) -> None:
-    """And the exact solution of the same pair has a smaller one."""
-    root, _ = place
+def test_the_error_that_is_saved_is_that_of_the_final_stitch(root_and_dataset: tuple[Path, str]) -> None:
+    """The exact solution of the same pair has a smaller one."""
+    root, _ = root_and_dataset
     options = {"settings": ["T2T", "R2R"], "seeds": [0, 1], "root": root}
     run = fastsitch.sweep(["R1111"], ["R1112"], run="saved", **options, **SWEEP)
     exact = fastsitch.sweep(["R1111"], ["R1112"], run="exact", **options, **{**SWEEP, "solver": "exact"})
@@ -276,8 +283,8 @@ def test_the_error_that_is_saved_is_that_of_the_final_stitch(place: tuple[Path, 
 
 
 @pytest.mark.parametrize("source", ["resident", "streamed", "live"])
-def test_groups_of_any_size_give_the_same_matrix_in_fp64(source: str, place: tuple[Path, str]) -> None:
-    root, _ = place
+def test_groups_of_any_size_give_the_same_matrix_in_fp64(source: str, root_and_dataset: tuple[Path, str]) -> None:
+    root, _ = root_and_dataset
     options = {**SWEEP, "epochs": 1, "precision": "fp64", "source": source, "root": root}
     one, other = (
         fastsitch.sweep(["R1111"], ["R1112"], group_size=size, run=f"groups-{source}-{size}", **options)
@@ -288,15 +295,15 @@ def test_groups_of_any_size_give_the_same_matrix_in_fp64(source: str, place: tup
         np.testing.assert_allclose(first, second, rtol=1e-10)
 
 
-def test_the_source_counts_both_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_memory_of_a_source_includes_both_networks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     options: dict[str, Any] = {"dataset": "cifar10", "root": tmp_path, "group_size": 1, "precision": "bf16"}
     monkeypatch.setattr(estimates, "free_space", lambda path: 10**13)
     # of one image in bf16: 608 KiB at the 9 positions of R2222, 368 KiB at the 5 of R1111
-    own = {**SWEEP, "batch_size": 256}
+    regression = {**SWEEP, "batch_size": 256}
     for free, source in ((130, "resident"), (100, "streamed")):
         monkeypatch.setattr(estimates, "available_memory", lambda device, free=free: int(free * 1e9 / 0.75))
         task = fastsitch.estimate(["R2222"], ["R1111"], **options)
-        matching = fastsitch.estimate(["R2222"], ["R1111"], **options, **own)
+        matching = fastsitch.estimate(["R2222"], ["R1111"], **options, **regression)
         assert task.source.startswith("resident: 37.4 GB fit into ")
         assert matching.source.startswith(f"{source}: 60.0 GB {'fit' if source == 'resident' else 'do not fit'} into ")
     assert 8192 * (608 + 368) * 1024 < matching.memory < 11_000 * (608 + 368) * 1024
@@ -307,14 +314,14 @@ SWEEP_LINE = ["sweep", "--senders", "R1111", "--receivers", "R1112,R1111", "--lo
 
 
 def test_from_the_command_line_with_a_dry_run_and_a_resume(
-    place: tuple[Path, str], tmp_path: Path, run_cli: Command
+    root_and_dataset: tuple[Path, str], tmp_path: Path, run_cli: Command
 ) -> None:
-    root, dataset = place
+    root, dataset = root_and_dataset
     line = [*SWEEP_LINE, "--batch-size", "16", "--root", root, "--run", "published"]
-    planned = run_cli(*line, "--dry-run")
-    assert planned.returncode == 0, planned.stderr
+    dry_run = run_cli(*line, "--dry-run")
+    assert dry_run.returncode == 0, dry_run.stderr
     assert re.search(
-        r"30 epochs, batch 16, .*, on the squared error to the expected representation; gr", planned.stdout
+        r"30 epochs, batch 16, .*, on the squared error to the expected representation; gr", dry_run.stdout
     )
     few = [*line, "--epochs", "2", "--seeds", "0,1"]
     swept = run_cli(*few)
@@ -340,8 +347,8 @@ def test_from_the_command_line_with_a_dry_run_and_a_resume(
     assert "solver is sgd there, exact was asked for" in refused.stderr
 
 
-def test_a_receivers_store_in_another_precision_is_another_input(place: tuple[Path, str]) -> None:
-    root, _ = place
+def test_a_receivers_store_in_another_precision_is_another_input(root_and_dataset: tuple[Path, str]) -> None:
+    root, _ = root_and_dataset
     options = {**SWEEP, "seeds": [0, 1], "source": "resident", "root": root, "run": "inputs"}
     run = fastsitch.sweep(["R1111"], ["R1112"], **options)
     (run.path / "units" / "R1111--R1112.T2T.match.seed1.npz").unlink()

@@ -1,4 +1,4 @@
-"""Stitches between maps, tokens and vectors are the plain modules they stand for, however many share a batch."""
+"""Stitches between maps, tokens and vectors equal plain modules, alone and in groups."""
 
 from collections import Counter
 
@@ -7,24 +7,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import ResidentSplitInOrder
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.ordered_split import ResidentSplitInOrder
+from fastsitch.chains.chain import Chain
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError
 from fastsitch.kernels.reference import conv_weight, gemm_weight
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.stitching.bank import StitchBank, initial_stitch
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.stitching.cascade import Cascade
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.direct import direct_errors
-from fastsitch.stitching.engine import DONE, TrainingRecipe, evaluate_matched, train_group
+from fastsitch.stitching.engine import evaluate_matched, train_group
 from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules
 from fastsitch.stitching.matching import match
 from fastsitch.stitching.moments import SenderMoments, pair_moments
+from fastsitch.stitching.output_errors import direct_errors
+from fastsitch.stitching.recipe import TrainingRecipe
 from fastsitch.stitching.regression import regress_group
-from fastsitch.stitching.schedule import stitch_schedule
-from tests.mixed import CPU, PlainStitch, first_chain, geometry_of, representations, second_chain, source_of
+from fastsitch.stitching.stitch_bank import StitchBank, initial_stitch
+from fastsitch.stitching.stitch_schedule import stitch_schedule
+from fastsitch.vocabulary import Status
+from tests.layout_chains import CPU, PlainStitch, first_chain, geometry_of, representations, second_chain, source_of
 from tests.test_engine import ORDER, RECIPE, assert_same
 
 UNIT = Unit(sender="R1111", receiver="R1112", setting="T2T", loss="task", seed=0)
@@ -149,26 +151,30 @@ def test_matched_stitches_are_optimal_and_their_errors_exact(case: str, fashion:
         for weight, bias in [initial_stitch(cell, pair.geometry(cell))]
     }
     direct = direct_errors(
-        *splits, {at: [(own.weight_FD, own.bias_D), other[at]] for at, own in matched.items()}, rules=pair.rules
+        *splits,
+        {at: [(optimum.weight_FD, optimum.bias_D), other[at]] for at, optimum in matched.items()},
+        rules=pair.rules,
     )
     for cell in pair.cells:
         at, down = (cell.i, cell.j), pair.geometry(cell).down
         y = expected[cell.j]
-        own = matched[at]
-        stitch = pair.plain(cell, conv_weight(own.weight_FD, down), own.bias_D)
+        optimum = matched[at]
+        stitch = pair.plain(cell, conv_weight(optimum.weight_FD, down), optimum.bias_D)
         loss = F.mse_loss(stitch(provided[cell.i]), y)
         loss.backward()
         size = y.square().mean().item()
         # the least of a convex function: no direction leads further down
         assert max(p.grad.abs().max().item() for p in stitch.parameters()) < 1e-7 * max(1.0, size)
-        assert own.error == pytest.approx(loss.item(), rel=1e-8, abs=1e-12 * size)
+        assert optimum.error == pytest.approx(loss.item(), rel=1e-8, abs=1e-12 * size)
         weight, bias = other[at]
         with torch.no_grad():
             made = pair.plain(cell, conv_weight(weight, down), bias)(provided[cell.i])
             best = stitch(provided[cell.i])
         error, distance = F.mse_loss(made, y).item(), F.mse_loss(made, best).item()
         assert moments[at].error(weight, bias) == pytest.approx(error, rel=1e-8)
-        assert moments[at].distance((own.weight_FD, own.bias_D), (weight, bias)) == pytest.approx(distance, rel=1e-8)
+        assert moments[at].distance((optimum.weight_FD, optimum.bias_D), (weight, bias)) == pytest.approx(
+            distance, rel=1e-8
+        )
         assert direct.error[:, cell.i, cell.j].tolist() == pytest.approx([loss.item(), error], rel=1e-8, abs=1e-12)
         assert direct.distance[1, cell.i, cell.j].item() == pytest.approx(distance, rel=1e-8)
 
@@ -185,7 +191,7 @@ def test_matched_starts_and_whitened_training_work_for_all_kinds(fashion: Datase
     order = ImageOrder(seed=0, block=8, window=32)
     together = train_group(pair.model, pair.source, pair.cells, recipe, order, init=start, rules=pair.rules)
     for cell in pair.cells:
-        assert evaluated[cell].status == together[cell].status == DONE
+        assert evaluated[cell].status == together[cell].status == Status.DONE
         assert torch.equal(evaluated[cell].weight_FD, start[cell].weight_FD)
         alone = train_group(pair.model, pair.source, [cell], recipe, order, init=start, rules=pair.rules)[cell]
         assert_same(together[cell], alone, 1e-9)
@@ -210,7 +216,7 @@ def test_matching_by_training_is_the_plain_loop_for_all_kinds(fashion: Dataset) 
         torch.testing.assert_close(together[cell].bias_D, stitch.conv.bias.data, rtol=1e-10, atol=1e-10)
 
 
-def test_a_value_that_is_not_finite_spoils_only_its_own_stitch(fashion: Dataset) -> None:
+def test_a_value_that_is_not_finite_affects_only_its_stitch(fashion: Dataset) -> None:
     pair = Pair("area-sender", fashion)
     bank = StitchBank(
         pair.cells,
@@ -234,7 +240,7 @@ def test_a_value_that_is_not_finite_spoils_only_its_own_stitch(fashion: Dataset)
     ("sender", "receiver"), [((5, 7, 7), (6, 4, 4, 1)), ((5, 8, 4), (6, 4, 4)), ((5, 3, 3, 2), (4, 2, 2))]
 )
 def test_sizes_that_are_no_multiples_need_a_method_by_name(sender: tuple[int, ...], receiver: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match="--resample area or --resample bilinear") as refused:
+    with pytest.raises(ConfigError, match="resample='area' or resample='bilinear'") as refused:
         Geometry.between(sender, receiver, DEFAULT_RULES)
     assert "\n" not in str(refused.value)
     assert Geometry.between(sender, receiver, Rules(resample="area")).kind == "area"

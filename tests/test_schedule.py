@@ -3,14 +3,17 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.image_order import ImageOrder
 from fastsitch.data import Dataset
+from fastsitch.learning_rate import Schedule
 from fastsitch.stitching.cascade import Cascade
 from fastsitch.stitching.engine import stitch_bank, stitch_optimizer, train_group, train_step
-from fastsitch.stitching.schedule import stitch_schedule
+from fastsitch.stitching.stitch_schedule import stitch_schedule
+from fastsitch.vocabulary import Descent
 from tests.conftest import network
 from tests.test_engine import ORDER, RECIPE, all_cells, frozen, source_of
 
@@ -42,6 +45,21 @@ def test_learning_rates(recipe: str, epochs: float, expected: dict[int, float]) 
         assert schedule.rate(step) == pytest.approx(rate)
 
 
+@pytest.mark.parametrize("descent", ["cosine", "linear"])
+def test_both_descents_start_at_the_peak_and_end_at_0(descent: Descent) -> None:
+    schedule = Schedule(peak=0.2, steps=28, warmup=8, decay_end=28, descent=descent)
+    assert [schedule.rate(step) for step in (0, 7, 8)] == [0.2 / 8, 0.2, 0.2]
+    assert schedule.rate(18) == pytest.approx(0.1)
+    quarter = {"cosine": 0.1 * (1 + math.cos(math.pi / 4)), "linear": 0.15}[descent]
+    assert schedule.rate(13) == pytest.approx(quarter)
+    assert schedule.rate(28) == 0
+    # in the precision of the weights, descents counted from the end are the same numbers
+    for step in range(8, 28):
+        left = 1 - (step - 8) / 20
+        rate = 0.2 * left if descent == "linear" else 0.2 * 0.5 * (1 - math.cos(math.pi * left))
+        assert np.float32(schedule.rate(step)) == np.float32(rate)
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(0.5, 3), (1.5, 9), (0.01, 1)])
 def test_a_fractional_number_of_epochs_ends_within_one(epochs: float, steps: int, fashion: Dataset) -> None:
     """As a plain loop over the first steps of each epoch's order; the loss is that of the last epoch's steps."""
@@ -49,8 +67,8 @@ def test_a_fractional_number_of_epochs_ends_within_one(epochs: float, steps: int
     source, model = source_of(chain, fashion, train=48), frozen(chain)
     cells, recipe, reports = all_cells(chain, chain), replace(RECIPE, epochs=epochs), []
     results = train_group(model, source, cells, recipe, ORDER, report=reports.append)
-    assert [(report.step, report.steps) for report in reports] == [(step + 1, steps) for step in range(steps)]
-    assert reports[-1].samples == steps * recipe.batch_size * len(cells)
+    done = [len(cells) * (step + 1) / steps for step in range(steps)]
+    assert [(report.done, report.total) for report in reports] == [(cells_done, len(cells)) for cells_done in done]
 
     bank = stitch_bank(model, source, cells, "torch")
     cascade, optimizer = Cascade(model, bank.counts, recipe.batch_size), stitch_optimizer(bank, recipe)
@@ -63,6 +81,6 @@ def test_a_fractional_number_of_epochs_ends_within_one(epochs: float, steps: int
     bank.refresh()
     mean = torch.stack(losses[6 * ((steps - 1) // 6) :]).mean(0)
     for k, cell in enumerate(bank.cells):
-        for own, plain in zip((results[cell].weight_FD, results[cell].bias_D), bank.stitches()[cell], strict=True):
-            torch.testing.assert_close(own, plain, rtol=0, atol=1e-12)
+        for trained, plain in zip((results[cell].weight_FD, results[cell].bias_D), bank.stitches()[cell], strict=True):
+            torch.testing.assert_close(trained, plain, rtol=0, atol=1e-12)
         assert results[cell].train_loss == pytest.approx(mean[k].item())

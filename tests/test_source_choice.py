@@ -1,4 +1,4 @@
-"""Which source a sweep draws from, and that its matrices do not depend on it."""
+"""Which source a sweep takes, and that its matrices do not depend on it."""
 
 import logging
 import re
@@ -14,20 +14,22 @@ import fastsitch
 from fastsitch.activations.store import ActivationStore
 from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, MemoryLimitError
-from fastsitch.networks.names import NetworkName
+from fastsitch.execution import prepare_sweep as prepare
+from fastsitch.network_names import NetworkName
+from fastsitch.planning import source_rates
+from fastsitch.planning import sweep_estimate as estimates
+from fastsitch.planning.source_choice import SourceCosts, SourceRates, choose_source, source_costs
 from fastsitch.root import Root
-from fastsitch.sweep import estimate as estimates
-from fastsitch.sweep import prepare, source_rates
-from fastsitch.sweep.choose_source import SourceCosts, SourceRates, choose_source, source_costs
-from fastsitch.sweep.config import sweep_config
+from fastsitch.runs.sweep_config import sweep_config
+from fastsitch.runs.sweep_plan import SweepPlan
 from tests.conftest import Command, save_npz
 
 TRAIN, TEST = 620, 500
-OPTIONS: dict[str, Any] = {"recipe": "small", "epochs": 2, "batch_size": 16, "window": 256}
+OPTIONS: dict[str, Any] = {"recipe": "small", "epochs": 2, "batch_size": 62, "window": 256}
 
 
 @pytest.fixture(scope="module")
-def place(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def trained(fashion: Dataset, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A root with R1111 and R1112 of width 4, and the name of their data set."""
     folder = tmp_path_factory.mktemp("choice")
     save_npz(folder / "few.npz", fashion.train, fashion.test, TRAIN, TEST)
@@ -70,10 +72,11 @@ def reads(opened: list[ActivationStore]) -> dict[str, Counter[tuple[str, int]]]:
     return {name: counter for name, counter in total.items() if counter}
 
 
+@pytest.mark.slow
 def test_resident_reads_every_chunk_of_a_sender_once_for_all_receivers_settings_and_seeds(
-    place: tuple[Path, str], opened: list[ActivationStore]
+    trained: tuple[Path, str], opened: list[ActivationStore]
 ) -> None:
-    root, _ = place
+    root, _ = trained
     fastsitch.sweep(
         ["R1111"],
         ["R1111", "R1112"],
@@ -89,23 +92,26 @@ def test_resident_reads_every_chunk_of_a_sender_once_for_all_receivers_settings_
         assert set(counter.values()) == {1}
 
 
-def test_streaming_reads_every_chunk_once_per_pass(place: tuple[Path, str], opened: list[ActivationStore]) -> None:
-    root, _ = place
-    fastsitch.sweep(["R1111"], ["R1111", "R1112"], source="streamed", root=root, run="passes", **{**OPTIONS, **SEVERAL})
+@pytest.mark.slow
+def test_streaming_reads_every_chunk_once_per_pass(trained: tuple[Path, str], opened: list[ActivationStore]) -> None:
+    root, _ = trained
+    options = {**OPTIONS, **SEVERAL, "seeds": [0]}
+    fastsitch.sweep(["R1111"], ["R1111", "R1112"], source="streamed", root=root, run="passes", **options)
     counted = reads(opened)
     assert sorted(counted) == ["R1111", "R1111-random@0"]
-    groups = 2 * 2 * 2
+    groups = 2 * 2
     for counter in counted.values():
         assert {counter[chunk] for chunk in chunks(opened[0], "train")} == {groups * OPTIONS["epochs"]}
         assert {counter[chunk] for chunk in chunks(opened[0], "test")} == {groups}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{"precision": "fp32"}, {"precision": "bf16"}, {"precision": "fp32", "loss": "match"}],
 )
-def test_every_source_gives_the_same_matrix(options: dict[str, str], place: tuple[Path, str]) -> None:
-    root, _ = place
+def test_every_source_gives_the_same_matrix(options: dict[str, str], trained: tuple[Path, str]) -> None:
+    root, _ = trained
     name = "-".join(options.values())
     runs = [
         fastsitch.sweep(["R1111"], ["R1112"], source=source, root=root, run=f"{name}-{source}", **OPTIONS, **options)
@@ -143,17 +149,25 @@ def test_with_the_live_source_no_store_is_needed_or_made(fashion: Dataset, tmp_p
         "fastsitch: --source resident: recipe published-schedule shows new views .* only --source live can do\n",
         refused.stderr,
     )
-    planned = run_cli(*pair, "--recipe", "published-schedule", "--batch-size", "16", "--dry-run")
-    assert "source (model): live: recipe published-schedule shows new views" in planned.stdout
-    assert re.search(r"disk \(model\): \d+\.\d kB", planned.stdout)
+    dry_run = run_cli(*pair, "--recipe", "published-schedule", "--batch-size", "16", "--dry-run")
+    assert "source (predicted): live: recipe published-schedule shows new views" in dry_run.stdout
+    assert re.search(r"disk \(predicted\): \d+\.\d kB", dry_run.stdout)
 
 
+@pytest.mark.slow
 def test_the_source_of_a_run_is_chosen_once(
-    place: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root, _ = place
+    root, _ = trained
     resident = (4 * 1024 * 2 + 8 * 256 + 16 * 64 + 32 * 16) * (TRAIN + TEST) * 4
-    options: dict[str, Any] = {"root": root, "run": "chosen", "precision": "fp32", **OPTIONS}
+    options: dict[str, Any] = {
+        "root": root,
+        "run": "chosen",
+        "precision": "fp32",
+        **OPTIONS,
+        "batch_size": 16,
+        "epochs": 0.2,
+    }
     with monkeypatch.context() as small, caplog.at_level(logging.INFO):
         small.setattr(prepare, "available_memory", lambda device: int(1.5 * resident))
         small.setattr(source_rates, "live_rate", lambda split: 5.0)
@@ -219,17 +233,17 @@ def test_the_automatic_source(memory: float, disk: float, rates: SourceRates | N
             "resident",
             10,
             MemoryLimitError,
-            "needs 31.0 GB of memory, a sweep may take 24.0 GB: use --source",
+            "needs 31.0 GB of memory, a sweep may take 24.0 GB: use source=",
         ),
         (
             "streamed",
             0.5,
             ConfigError,
-            "--source streamed: stores that are missing need 1.0 GB of disk, 0.5 GB are free",
+            "source='streamed': stores that are missing need 1.0 GB of disk, 0.5 GB are free",
         ),
     ],
 )
-def test_a_source_that_cannot_work_is_refused_and_not_exchanged(
+def test_a_source_that_cannot_work_is_refused_not_replaced(
     source: str, disk: float, error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=re.escape(message)):
@@ -243,12 +257,12 @@ def test_a_source_that_cannot_work_is_refused_and_not_exchanged(
 
 
 def test_a_sweep_with_a_source_that_does_not_fit_leaves_nothing_behind(
-    place: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, dataset = place
+    root, dataset = trained
     monkeypatch.setattr(prepare, "available_memory", lambda device: 10_000_000)
     with pytest.raises(
-        MemoryLimitError, match=r"--source resident needs \d+\.\d MB of memory, a sweep may take .* MB: "
+        MemoryLimitError, match=r"source='resident' needs \d+\.\d MB of memory, a sweep may take .* MB: "
     ):
         fastsitch.sweep(["R1111"], ["R1112"], source="resident", root=root, run="large", precision="fp32", **OPTIONS)
     assert not (Root.at(root).run(dataset, "large") / "run.json").exists()
@@ -271,10 +285,10 @@ def test_a_dry_run_counts_the_memory_of_the_source(monkeypatch: pytest.MonkeyPat
     assert too_large.memory > 60_000 * 608 * 1024 > too_large.available
 
 
-def test_the_source_is_part_of_the_configuration(place: tuple[Path, str]) -> None:
-    with pytest.raises(ConfigError, match="--source disk: expected one of auto, resident, streamed, live"):
+def test_the_source_is_part_of_the_configuration(trained: tuple[Path, str]) -> None:
+    with pytest.raises(ConfigError, match="source='disk': expected one of auto, resident, streamed, live"):
         replace(CONFIG, source="disk")
-    with pytest.raises(ConfigError, match="--source streamed: recipe published-schedule shows new views"):
+    with pytest.raises(ConfigError, match="source='streamed': recipe published-schedule shows new views"):
         sweep_config(
             dataset="cifar10", senders="R1111", receivers="R1112", recipe="published-schedule", source="streamed"
         )
@@ -290,16 +304,17 @@ def test_the_source_is_part_of_the_configuration(place: tuple[Path, str]) -> Non
     assert not matching.augments
 
 
-def test_what_a_killed_precompute_left_behind_is_no_longer_missing(tmp_path: Path) -> None:
+def test_disk_used_by_a_killed_precompute_counts_as_available(tmp_path: Path) -> None:
     root = Root.at(tmp_path)
     config = sweep_config(dataset="fashion-mini", senders="R1111", receivers="R1111")
-    shapes = {NetworkName.parse("R1111"): [(1, 10, 10)]}
+    plan = SweepPlan(config, {NetworkName.parse("R1111"): [("stem", (1, 10, 10))]})
 
     def missing() -> int:
-        return source_costs(root, config, shapes, images=(900, 100), pixels=1, itemsize=2).missing
+        return source_costs(root, plan, images=(900, 100), pixels=1, itemsize=2).missing
 
     assert missing() == 2 * 100 * 1000
-    leftover = root.store("fashion-mini", NetworkName.parse("R1111")).with_name("R1111.partial") / "train" / "0"
+    store = Path(root.store("fashion-mini", NetworkName.parse("R1111")))
+    leftover = store.with_name("R1111.partial") / "train" / "0"
     leftover.parent.mkdir(parents=True)
     leftover.write_bytes(bytes(150 * 1024))
     assert missing() == 2 * 100 * 1000 - 150 * 1024

@@ -12,21 +12,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsitch.activations.batch import Batch
-from fastsitch.activations.live import LiveSource, LiveSplit, LiveSplitInOrder
-from fastsitch.activations.order import ImageOrder
-from fastsitch.activations.ordered import OrderedSplit, ResidentSplitInOrder, StoredSplitInOrder
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.live_source import LiveSource, LiveSplit, LiveSplitInOrder
+from fastsitch.activations.ordered_split import OrderedSplit, ResidentSplitInOrder, StoredSplitInOrder
 from fastsitch.activations.read_ahead import ReadAhead
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.representation_batch import Batch
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.source import Source
-from fastsitch.activations.store import ActivationStore, StoreIdentity
-from fastsitch.activations.streamed import READ_AHEAD, StreamedSource
-from fastsitch.activations.writer import writing
+from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.store_manifest import StoreIdentity
+from fastsitch.activations.store_writer import writing
+from fastsitch.activations.streamed_source import READ_AHEAD, StreamedSource
+from fastsitch.chains.chain import Chain
+from fastsitch.chains.position import Position
 from fastsitch.data import Dataset, Split, Transform, Views
 from fastsitch.errors import ConfigError, StoreError
 from fastsitch.identity import torch_generator
-from fastsitch.networks.chain import Chain, Position
-from fastsitch.stitching.engine import CellResult, train_group
+from fastsitch.stitching.cell_result import CellResult
+from fastsitch.stitching.engine import train_group
 from tests.conftest import cli_environment, network
 from tests.test_engine import ORDER, RECIPE, all_cells, assert_same, frozen
 from tests.test_store import flip
@@ -85,8 +88,8 @@ def contents(batches: Iterator[Batch], shapes: Sequence[tuple[int, int, int]]) -
 
 def assert_equal(one: list[list[Tensor]], other: list[list[Tensor]]) -> None:
     assert len(one) == len(other)
-    for own, theirs in zip(one, other, strict=True):
-        for x, y in zip(own, theirs, strict=True):
+    for first, second in zip(one, other, strict=True):
+        for x, y in zip(first, second, strict=True):
             assert torch.equal(x, y)
 
 
@@ -119,7 +122,7 @@ def test_streaming_gives_the_images_of_the_resident_source(
         expected = contents(resident.train.shuffled(order, epoch, batch), NUMBERED)
         assert_equal(contents(streamed.train.shuffled(order, epoch, batch), NUMBERED), expected)
         # the values are the numbers of the images, so this is the order itself
-        seen = torch.cat([part[1][0].flatten() for part in expected])
+        seen = torch.cat([batch[1][0].flatten() for batch in expected])
         assert torch.equal(seen.long(), order.epoch(epoch, images)[: len(seen)])
     assert_equal(contents(streamed.test.in_order(128), NUMBERED), contents(resident.test.in_order(128), NUMBERED))
     if order.block == ImageOrder.block:
@@ -198,7 +201,7 @@ def test_two_passes_at_once_do_not_meet(tmp_path: Path) -> None:
     assert_equal(together, alone)
 
 
-def test_damage_found_while_streaming_is_the_stores_own_error(tmp_path: Path) -> None:
+def test_damage_found_while_streaming_is_a_store_error(tmp_path: Path) -> None:
     split = StreamedSource(numbered(tmp_path / "R1111", 3000), dtype=torch.float32, device=CPU).train
     order = ImageOrder(seed=0, window=512)
     last = int(order.epoch(0, 3000)[-1]) // 256
@@ -214,9 +217,9 @@ def test_damage_found_while_streaming_is_the_stores_own_error(tmp_path: Path) ->
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.image_order import ImageOrder
 from fastsitch.activations.store import ActivationStore
-from fastsitch.activations.streamed import StreamedSource
+from fastsitch.activations.streamed_source import StreamedSource
 source = StreamedSource(ActivationStore.open(Path(sys.argv[1])), dtype=torch.bfloat16, device=torch.device("cpu"))
 for epoch in range(2):
     for batch in source.train.shuffled(ImageOrder(seed=0, window=512), epoch, 64):
@@ -228,10 +231,12 @@ print(status["VmHWM"].split()[0])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-def test_ten_times_the_images_take_no_more_memory(tmp_path: Path) -> None:
+def test_more_images_take_no_more_memory(tmp_path: Path) -> None:
     peaks, sizes = [], []
-    for times in (1, 10):
+    # even the fewer ones are many windows, so that reading runs as far ahead as it ever does
+    for times in (4, 14):
         x = torch.rand(1024 * times, 4, 32, 32, generator=torch_generator("memory"))
         store = write_store(tmp_path / f"times-{times}", {"train": [x], "test": [x[:256]]}, "bf16")
         line = [sys.executable, "-c", MEASURE, str(store.path)]
@@ -266,6 +271,7 @@ def trained(source: Source, chain: Chain, recipe: str = "small", augment: bool =
     return list(train_group(frozen(receiver), source, cells, chosen, ORDER).values())
 
 
+@pytest.mark.slow
 def test_every_source_trains_the_same_stitches(fashion: Dataset, tmp_path: Path) -> None:
     chain = network("R1111")
     live = live_source(chain, fashion)
@@ -289,6 +295,7 @@ def test_every_source_trains_the_same_stitches(fashion: Dataset, tmp_path: Path)
         assert (one.accuracy, one.loss, one.train_loss) == (other.accuracy, other.loss, other.train_loss)
 
 
+@pytest.mark.slow
 def test_every_source_gives_the_same_images_in_order(fashion: Dataset, tmp_path: Path) -> None:
     split = live_split(network("R1111"), fashion, fashion.train, 300, torch.float32)
     whole = split.represent(slice(0, 300))
@@ -318,13 +325,13 @@ def test_what_a_live_sender_gives_went_through_the_stores_dtype(fashion: Dataset
         assert not torch.equal(x, y)
 
 
-def test_a_view_depends_on_seed_epoch_and_place_alone(fashion: Dataset) -> None:
+def test_a_view_depends_on_seed_epoch_and_number_alone(fashion: Dataset) -> None:
     split = live_split(network("R1111"), fashion, fashion.train, 48)
 
     def epoch(batch: int, epoch: int = 0, seed: int = 0, augment: bool = True) -> Tensor:
         order = ImageOrder(seed=seed, block=8, window=16)
-        parts = [part[1] for part in contents(split.shuffled(order, epoch, batch, augment=augment), split.shapes[:1])]
-        return torch.cat(parts, 1)[0]
+        drawn = contents(split.shuffled(order, epoch, batch, augment=augment), split.shapes[:1])
+        return torch.cat([x for _, x in drawn], 1)[0]
 
     first = epoch(8)
     torch.testing.assert_close(epoch(12), first, rtol=1e-12, atol=1e-12)
@@ -351,9 +358,9 @@ def test_training_with_views_is_repeatable_and_leaves_the_test_images_alone(fash
     for one, again, other in zip(first, second, plain, strict=True):
         assert torch.equal(one.weight_FD, again.weight_FD)
         assert one.train_loss != other.train_loss
-    parts, expected = (contents(source.test.in_order(8), live.shapes) for source in (live, resident_source(live)))
-    for part, whole in zip(parts, expected, strict=True):
-        for x, y in zip(part, whole, strict=True):
+    found, expected = (contents(source.test.in_order(8), live.shapes) for source in (live, resident_source(live)))
+    for one, other in zip(found, expected, strict=True):
+        for x, y in zip(one, other, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
@@ -362,5 +369,5 @@ def test_stored_representations_cannot_show_new_views(fashion: Dataset, tmp_path
     live = live_source(chain, fashion)
     streamed = StreamedSource(numbered(tmp_path / "R1111", 300), dtype=torch.float64, device=CPU)
     for source in (resident_source(live), streamed):
-        with pytest.raises(ConfigError, match="new views of the images .* use --source live"):
+        with pytest.raises(ConfigError, match="new views of the images .* use source='live'"):
             next(source.train.shuffled(ORDER, 0, 8, augment=True))

@@ -1,4 +1,4 @@
-"""Each stitch is the plain module it stands for, forward and gradients, in every geometry."""
+"""Each stitch equals a plain module, forward and gradients, in every geometry."""
 
 import pytest
 import torch
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from fastsitch.errors import ConfigError
 from fastsitch.kernels import grouped_stitch_reference, space_to_depth, stitch_grad, stitch_out
 from fastsitch.kernels.reference import conv_weight, gemm_weight
-from fastsitch.stitching.bank import initial_stitch
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.stitch_bank import initial_stitch
 
 UNIT = Unit(sender="R1111", receiver="R1112", setting="T2T", loss="task", seed=0)
 
@@ -26,7 +26,7 @@ GEOMETRIES = [
 
 
 def plain_module(geometry: Geometry, weight_DCkk: Tensor, bias_D: Tensor) -> nn.Sequential:
-    """The stitch as anyone would write it."""
+    """The stitch in plain modules."""
     channels, receiver_channels, down = geometry.sender[0], geometry.receiver[0], geometry.down
     conv = nn.Conv2d(channels, receiver_channels, down, stride=down).double()
     conv.weight.data.copy_(weight_DCkk)

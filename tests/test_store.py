@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from fastsitch.activations import precompute as precompute_module
-from fastsitch.activations import writer as writer_module
+from fastsitch.activations import store_writer as writer_module
 from fastsitch.activations.precompute import ensure_store, store_identity
-from fastsitch.activations.resident import ResidentSource
+from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.store import ActivationStore
-from fastsitch.activations.writer import StoreWriter, writing
+from fastsitch.activations.store_writer import StoreWriter, writing
 from fastsitch.data import Dataset, Split, load_dataset
 from fastsitch.errors import BusyError, ConfigError, FastsitchError, MemoryLimitError, NetworkError, StoreError
 from fastsitch.files import exclusive
 from fastsitch.machine import DTYPES
+from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import Network, load_network
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.names import NetworkName
-from fastsitch.networks.training import network_recipe, train_network
+from fastsitch.networks.train_network import network_recipe, train_network
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
 
 CPU = torch.device("cpu")
@@ -32,7 +32,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def data(fashion: Dataset) -> Dataset:
-    """300 + 70 real images under the name of a data set of their own."""
+    """300 + 70 real images under the name of another data set."""
     return Dataset(
         "npz:few.npz",
         Split(fashion.train.images[:300], fashion.train.labels[:300]),
@@ -67,9 +67,9 @@ def test_a_store_holds_what_the_network_computes(
         assert torch.equal(store.labels(split), images.labels)
         assert torch.equal(store.ids(split), torch.arange(len(images)))
         # the batches of 256 images that precompute ran, so that the bits are the same
-        parts = [frozen.representations(network.record.normalisation.apply(x)) for x in images.images.split(256)]
+        passes = [frozen.representations(network.record.normalisation.apply(x)) for x in images.images.split(256)]
         for position in store.positions:
-            expected = torch.cat([part[position.index] for part in parts]).permute(0, 2, 3, 1).to(DTYPES[dtype])
+            expected = torch.cat([outputs[position.index] for outputs in passes]).permute(0, 2, 3, 1).to(DTYPES[dtype])
             assert torch.equal(store.read(split, position.index, 0, len(images)), expected)
             assert torch.equal(store.read(split, position.index, 5, 40), expected[5:40])
     source = ResidentSource.load(store, dtype=torch.float32, device=CPU)
@@ -172,10 +172,10 @@ def empty_the_manifest(store: Path) -> Path:
         (flip_a_bit_of_the_last_chunk, "was altered or damaged"),
         (flip_a_bit_of_the_only_chunk, "was altered or damaged"),
         (flip_a_label, "was altered or damaged"),
-        (exchange_chunks, "another checksum than the manifest says|bytes, expected"),
-        (alter_metadata, "another checksum than the manifest says"),
+        (exchange_chunks, "another checksum than in the manifest|bytes, expected"),
+        (alter_metadata, "another checksum than in the manifest"),
         (alter_the_manifest, "was altered"),
-        (empty_the_manifest, "is no manifest"),
+        (empty_the_manifest, "is not the manifest of an activation store"),
     ],
 )
 def test_damage_is_refused_by_file_and_reason(
@@ -195,7 +195,7 @@ def test_damage_is_refused_by_file_and_reason(
 
 def test_a_folder_without_a_manifest_is_no_store(tmp_path: Path) -> None:
     (tmp_path / "R1111").mkdir()
-    with pytest.raises(StoreError, match=r"has no manifest\.json: it is no complete activation store"):
+    with pytest.raises(StoreError, match=r"is no complete activation store: it has no manifest\.json"):
         ActivationStore.open(tmp_path / "R1111")
 
 
@@ -258,7 +258,7 @@ def test_overlapping_changes_no_byte(
     computed, met, writers = threading.Event(), [], set()
     forward, write = precompute_module.forward_block, StoreWriter.write
 
-    def forward_and_tell(*arguments: Any) -> Any:
+    def forward_and_report(*arguments: Any) -> Any:
         block = forward(*arguments)
         if writers:
             computed.set()
@@ -272,7 +272,7 @@ def test_overlapping_changes_no_byte(
         write(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(precompute_module, "forward_block", forward_and_tell)
+        patched.setattr(precompute_module, "forward_block", forward_and_report)
         patched.setattr(StoreWriter, "write", write_late)
         make(tmp_path / "overlapping" / "R1111", data, network)
     assert met == [True]
@@ -305,7 +305,9 @@ def test_an_error_ends_the_writing_thread_and_leaves_no_store(
         elif failing != "report":
             patched.setattr(StoreWriter, failing, fail)
         with pytest.raises(KeyboardInterrupt if failing == "report" else OSError, match="^$|No space left on device"):
-            ensure_store(tmp_path / "R1111", data, network, device=CPU, report=fail if failing == "report" else None)
+            ensure_store(
+                tmp_path / "R1111", data, network, device=CPU, **({"report": fail} if failing == "report" else {})
+            )
     assert not writer_threads()
     assert not (tmp_path / "R1111").exists()
     # the next attempt finds neither the lock nor what is left of this one in its way
@@ -333,7 +335,7 @@ def test_representations_that_do_not_fit_into_memory_are_refused_before_reading(
     data: Dataset, network: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make(tmp_path / "R1111", data, network)
-    monkeypatch.setattr("fastsitch.activations.resident.available_memory", lambda device: 20_000_000)
+    monkeypatch.setattr("fastsitch.activations.resident_source.available_memory", lambda device: 20_000_000)
     with pytest.raises(MemoryLimitError, match=r"need \d+\.\d GB of cpu memory, 0\.0 GB are free"):
         ResidentSource.load(store, dtype=torch.float32, device=CPU)
 

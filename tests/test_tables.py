@@ -1,4 +1,4 @@
-"""Tables 1 and 2: statistics and colours against an example done by hand, and every form they are written in."""
+"""Tables 1 and 2: statistics and colours for an example worked out by hand, in every output format."""
 
 import csv
 import io
@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastsitch.analysis.errors import StitchErrors
-from fastsitch.analysis.tables import Errors, colours, error_table, error_tables
+from fastsitch.analysis.error_tables import TABLE_NAMES, StitchErrorsByPair, colours, error_table, error_tables
+from fastsitch.analysis.stitch_errors import StitchErrors
 from fastsitch.report.table_figure import number, table_figure
-from fastsitch.report.tables import table_csv, table_latex, table_text, tables_text, wants_colour, write_tables
+from fastsitch.report.table_formats import table_csv, table_latex, table_text, tables_text, wants_colour, write_tables
 
 SQUARE = StitchErrors(
     EV=np.array([[4.0, 1.0], [2.0, 8.0]]),
@@ -29,7 +29,7 @@ WIDE = StitchErrors(
 
 
 @pytest.fixture
-def errors() -> Errors:
+def errors() -> StitchErrorsByPair:
     return {
         ("R1111", "R1111", "T2T"): SQUARE,
         ("R1111", "R1112", "T2T"): WIDE,
@@ -37,7 +37,7 @@ def errors() -> Errors:
     }
 
 
-def test_statistics_of_the_diagonal_by_hand(errors: Errors) -> None:
+def test_statistics_of_the_diagonal_equal_those_worked_out_by_hand(errors: StitchErrorsByPair) -> None:
     table = error_table(errors, diagonal=True)
     # cells (0, 0), (1, 1) of both: EV 4, 8, 6, 10; ES 1, 2, 0, 1; SV 2, 9, 6, 7
     assert list(table.entries) == ["T2T", "R2T"]
@@ -54,7 +54,7 @@ def test_statistics_of_the_diagonal_by_hand(errors: Errors) -> None:
     assert (table.cells, table.left_out) == ({"T2T": 4, "R2T": 2}, {"T2T": 0, "R2T": 0})
 
 
-def test_cells_without_a_value_are_left_out_of_all_columns_and_counted(errors: Errors) -> None:
+def test_cells_without_a_value_are_left_out_of_all_columns_and_counted(errors: StitchErrorsByPair) -> None:
     table = error_table(errors, diagonal=False)
     assert (table.cells, table.left_out) == ({"T2T": 9, "R2T": 4}, {"T2T": 1, "R2T": 0})
     # the ES of the cell that diverged is 0 and does not count
@@ -62,7 +62,7 @@ def test_cells_without_a_value_are_left_out_of_all_columns_and_counted(errors: E
     assert table.entries["T2T"]["maximum"] == {"EV": 10, "ES": 3, "SV": 9}
 
 
-def test_normalised_errors_are_over_the_variance_of_the_expected_representation(errors: Errors) -> None:
+def test_normalised_errors_are_over_the_variance_of_the_expected_representation(errors: StitchErrorsByPair) -> None:
     table = error_table(errors, diagonal=True, normalised=True)
     # EV 4/2, 8/4, 6/2, 10/1; ES 1/2, 2/4, 0/2, 1/1; SV 2/2, 9/4, 6/2, 7/1
     assert table.entries["T2T"]["mean"] == {
@@ -109,7 +109,7 @@ def test_numbers_have_two_digits() -> None:
     ]
 
 
-def test_the_text_marks_ranks_or_colours_them(errors: Errors) -> None:
+def test_the_text_marks_ranks_or_colours_them(errors: StitchErrorsByPair) -> None:
     table = error_table(errors, diagonal=True)
     plain = table_text(table, colour=False)
     assert "\x1b" not in plain
@@ -134,7 +134,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch: pytest.MonkeyPatc
         assert wants_colour(terminal)
 
 
-def test_the_csv_holds_every_digit(errors: Errors) -> None:
+def test_the_csv_holds_every_digit(errors: StitchErrorsByPair) -> None:
     table = error_table(errors, diagonal=True)
     rows = list(csv.DictReader(io.StringIO(table_csv(table))))
     assert len(rows) == 8
@@ -145,7 +145,7 @@ def test_the_csv_holds_every_digit(errors: Errors) -> None:
         assert (int(row["cells"]), int(row["left_out"])) == (table.cells[row["setting"]], 0)
 
 
-def test_the_latex_is_a_whole_tabular(errors: Errors) -> None:
+def test_the_latex_is_a_whole_tabular(errors: StitchErrorsByPair) -> None:
     text = table_latex(error_table(errors, diagonal=True))
     lines = [line for line in text.splitlines() if not line.startswith("%")]
     assert lines[0].startswith(r"\begin{tabular}{l|rrr|rrr|rrr|rrr}")
@@ -160,7 +160,7 @@ def test_the_latex_is_a_whole_tabular(errors: Errors) -> None:
     assert r"\cellcolor[rgb]{0.96,0.66,0.62}4.0e0 & \cellcolor[rgb]{0.74,0.89,0.73}0.0e0" in body[0]
 
 
-def test_the_figure_shows_every_number(errors: Errors) -> None:
+def test_the_figure_shows_every_number(errors: StitchErrorsByPair) -> None:
     table = error_table(errors, diagonal=True)
     axes = table_figure(table).axes[0]
     shown = [text.get_text() for text in axes.texts]
@@ -170,10 +170,10 @@ def test_the_figure_shows_every_number(errors: Errors) -> None:
     assert len(axes.patches) == 24
 
 
-def test_all_tables_are_written_in_all_forms(errors: Errors, tmp_path: Path) -> None:
+def test_all_tables_are_written_in_all_formats(errors: StitchErrorsByPair, tmp_path: Path) -> None:
     names = [table.name for table in error_tables(errors)]
-    assert names == ["table_1", "table_1_normalised", "table_2", "table_2_normalised"]
-    paths = write_tables(errors, tmp_path / "out")
+    assert tuple(names) == TABLE_NAMES
+    paths = write_tables(errors, tmp_path / "out", "errors on train images of run a")
     assert sorted(paths) == sorted((tmp_path / "out").iterdir())
     assert {path.name for path in paths} == {
         f"{name}.{kind}" for name in names for kind in ("csv", "tex", "pdf", "png")

@@ -1,4 +1,4 @@
-"""Runs on disk with accuracies of a test's choice, in the form in which a sweep leaves them."""
+"""Runs on disk with given accuracies, in the format that a sweep writes."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
-from fastsitch.networks.names import BLOCKS, NetworkName
+from fastsitch.network_names import BLOCKS, NetworkName
 from fastsitch.networks.resnet import position_shapes
+from fastsitch.runs.run import Run
+from fastsitch.runs.run_record import NetworkInput, Resolved, RunRecord
+from fastsitch.runs.sweep_config import sweep_config
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit
-from fastsitch.stitching.engine import CellResult
-from fastsitch.sweep.config import sweep_config
-from fastsitch.sweep.plan import plan_units
-from fastsitch.sweep.results import NetworkInput, Resolved, Run
 
 Accuracies = Mapping[tuple[str, str, str, int], ArrayLike]
 """Matrices by (sender, receiver, setting, seed); units without one stay undone."""
@@ -35,9 +35,10 @@ def written_run(
     config = sweep_config(
         dataset=dataset, senders=senders, receivers=receivers, settings=settings, seeds=seeds, loss=loss, **options
     )
-    names = {name for planned in plan_units(config) for name in (planned.sender, planned.receiver)}
+    names = {name for unit in config.units for name in (unit.sender_network, unit.receiver_network)}
     resolved = Resolved(device="cpu", precision="fp32", kernel="torch", compile="off", group_size=1, source="live")
-    run = Run.create(path, config, resolved, {name: _network(name, width, network_accuracy) for name in names}, "data")
+    networks = {name: _network(name, width, network_accuracy) for name in names}
+    run = Run.create(path, RunRecord(config=config, resolved=resolved, networks=networks, data_hash="data"))
     for (sender, receiver, setting, seed), matrix in accuracies.items():
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=loss, seed=seed)
         results = {Cell(unit, i, j): _result(float(value)) for (i, j), value in np.ndenumerate(np.asarray(matrix))}

@@ -7,16 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsitch.chains.layout import Shape, grid_rows, grid_size, prefix_tokens, stored_size
 from fastsitch.kernels import space_to_depth
-from fastsitch.networks.layout import Shape, grid_rows, grid_size, prefix_tokens, stored_size
-
-RESAMPLINGS = ("none", "area", "bilinear")
-"""How grids whose sizes are no multiples of each other are joined: not at all, by the mean over the part of the
-sender's grid that a cell covers, or linearly between the nearest cells (over a wider window where the grid shrinks)."""
-
-CLASS_TOKENS = ("sender", "mean", "zero")
-"""What the stitch is applied to for a receiver's class token: the sender's own, the mean over the sender's grid, or
-zeros, so that the token is the stitch's bias. ``sender`` is the mean where the sender has none."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +24,7 @@ class Alignment:
     method: str
     down: int = 1
     class_token: str = ""
-    """One of CLASS_TOKENS where the receiver has prefix tokens."""
+    """A ClassToken where the receiver has prefix tokens."""
 
     @property
     def features(self) -> int:
@@ -66,12 +58,12 @@ class Alignment:
         mean = cells_SBHWF.mean((2, 3)).unsqueeze(2)
         if self.class_token == "zero":
             return torch.zeros_like(mean).expand(-1, -1, tokens, -1)
-        own = min(tokens, prefix_tokens(self.sender)) if self.class_token == "sender" else 0
-        if own == 0:
+        provided = min(tokens, prefix_tokens(self.sender)) if self.class_token == "sender" else 0
+        if provided == 0:
             return mean.expand(-1, -1, tokens, -1)
-        # a token stands in every cell that the stitch reads at once
-        provided = x_SBHWC[:, :, 0, :own].repeat(1, 1, 1, self.down**2)
-        return torch.cat([provided, mean.expand(-1, -1, tokens - own, -1)], 2)
+        # a stitch reads several cells at once: the token is repeated in each of them
+        repeated = x_SBHWC[:, :, 0, :provided].repeat(1, 1, 1, self.down**2)
+        return torch.cat([repeated, mean.expand(-1, -1, tokens - provided, -1)], 2)
 
 
 def resample(x_SBHWC: Tensor, size: tuple[int, int], method: str) -> Tensor:

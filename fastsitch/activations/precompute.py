@@ -1,32 +1,29 @@
-"""Run a network once over a data set and keep its representations."""
+"""Running a network once over a data set and storing its representations."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsitch.activations.background import Background
-from fastsitch.activations.live import PASS_IMAGES
-from fastsitch.activations.store import ActivationStore, StoreIdentity, remedy, stale
-from fastsitch.activations.writer import StoreWriter, writing
+from fastsitch.activations.background_thread import Background
+from fastsitch.activations.represent import PASS_IMAGES, represent
+from fastsitch.activations.store import ActivationStore
+from fastsitch.activations.store_manifest import StoreIdentity, remedy
+from fastsitch.activations.store_writer import StoreWriter, writing
+from fastsitch.chains.layout import stored_size
 from fastsitch.data import Dataset, load_dataset
 from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
+from fastsitch.folders import FolderLike, as_folder
 from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
+from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import Network, load_network, require_fit
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.layout import stored_size
-from fastsitch.networks.names import NetworkName
-from fastsitch.remote import Place
+from fastsitch.progress import Progress, Report, ignore
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
-
-Report = Callable[[int, int], None]
-"""report(images done, images in all)."""
 
 
 def store_identity(
@@ -50,7 +47,7 @@ def store_identity(
 
 @torch.no_grad()
 def ensure_store(
-    path: Place,
+    path: FolderLike,
     dataset: Dataset,
     network: Network,
     *,
@@ -59,25 +56,26 @@ def ensure_store(
     device: torch.device,
     force: bool = False,
     content_only: bool = False,
-    report: Report | None = None,
+    report: Report = ignore,
 ) -> tuple[ActivationStore, bool]:
     """Open the store at ``path``, or make it when there is none; returns it and whether it was made now.
 
-    A store that is up to date is left alone; with ``content_only`` its dtype and compression may be others. Raises
+    A store that is up to date is left as it is; with ``content_only`` its dtype and compression may be others. Raises
     StoreError with the reason when the store is stale or damaged and ``force`` is not set, BusyError when another
-    process is writing it (``content_only`` waits instead: any store of this content will do).
+    process is writing it (with ``content_only`` it waits instead: any store of this content will do).
     """
     identity = store_identity(dataset, network, dtype=dtype, compress=compress, device=device)
-    if path.exists() and not force:
-        return open_fitting(path, identity, dataset, content_only=content_only), False
-    with exclusive(_lock(path), f"the store of {network.record.name}", wait=content_only):
-        if path.exists() and not force:
-            return open_fitting(path, identity, dataset, content_only=content_only), False
+    folder = as_folder(path)
+    if folder.exists() and not force:
+        return open_fitting(folder, identity, dataset, content_only=content_only), False
+    with exclusive(folder.lock_file, f"the store of {network.record.name}", wait=content_only):
+        if folder.exists() and not force:
+            return open_fitting(folder, identity, dataset, content_only=content_only), False
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=device)
         done, total = 0, sum(sizes.values())
         with (
-            writing(path, identity, network.chain.positions, sizes) as writer,
+            writing(folder, identity, network.chain.positions, sizes) as writer,
             Background("store-writer") as background,
         ):
             for name, split in (("train", dataset.train), ("test", dataset.test)):
@@ -87,15 +85,9 @@ def ensure_store(
                     # at most two blocks are in memory: one being written, one being computed
                     background.run(block.write, writer, name, start)
                     done += len(images)
-                    if report is not None:
-                        report(done, total)
+                    report(Progress(done, total, "images", f"precompute {network.record.name}"))
                 background.run(writer.write_samples, name, split.labels, torch.arange(len(split)))
-        return ActivationStore.open(path), True
-
-
-def _lock(path: Place) -> Path:
-    folder = path.parent if isinstance(path, Path) else path.locks / path.parent.name
-    return folder / f"{path.name}.lock"
+        return ActivationStore.open(folder), True
 
 
 class StoreMaker:
@@ -123,25 +115,22 @@ class StoreMaker:
             "content_only": content_only,
         }
 
-    def __call__(
-        self, name: NetworkName, tell: Callable[[tuple[int, int]], None] | None = None
-    ) -> tuple[ActivationStore, bool]:
-        """The store of a network, and whether it was made now; ``tell`` gets images done and images in all."""
-        report = None if tell is None else lambda done, total: tell((done, total))
+    def __call__(self, name: NetworkName, report: Report = ignore) -> tuple[ActivationStore, bool]:
+        """The store of a network, and whether it was made now; ``report`` gets the images done."""
         path = self._root.store(self._dataset.name, name)
         network = load_network(self._root.models(self._dataset.name), name)
         return ensure_store(path, self._dataset, network, device=self._device, report=report, **self._options)
 
 
-def open_fitting(path: Place, identity: StoreIdentity, dataset: Dataset, *, content_only: bool) -> ActivationStore:
+def open_fitting(path: FolderLike, identity: StoreIdentity, dataset: Dataset, *, content_only: bool) -> ActivationStore:
     """Open an existing store of a data set.
 
     Raises StoreError when it is damaged, not the one that ``identity`` describes, or holds other samples.
     """
     store = ActivationStore.open(path)
-    reason = stale(store, identity, content_only=content_only)
+    reason = store.identity.difference(identity, content_only=content_only)
     if reason is not None:
-        raise StoreError(f"{path} is stale: {reason}; {remedy(path)}")
+        raise StoreError(f"{store.path} is stale: {reason}; {remedy(store.path)}")
     for name, split in (("train", dataset.train), ("test", dataset.test)):
         for what, found, expected in (
             ("sample ids", store.ids(name), torch.arange(len(split))),
@@ -149,8 +138,8 @@ def open_fitting(path: Place, identity: StoreIdentity, dataset: Dataset, *, cont
         ):
             if not torch.equal(found, expected):
                 raise StoreError(
-                    f"{path} holds other samples than {dataset.name}, or in another order: the {what} in {name} "
-                    f"differ; {remedy(path)}"
+                    f"{store.path} holds other samples than {dataset.name}, or in another order: the {what} in {name} "
+                    f"differ; {remedy(store.path)}"
                 )
     return store
 
@@ -173,10 +162,10 @@ class Block:
 
 @torch.no_grad()
 def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype: torch.dtype) -> Block:
-    """Run images (N, H, W, 3) through the network in batches. On CUDA this returns while the device is at work."""
+    """Run images (N, H, W, 3) through the network in batches. On CUDA this returns while the device still computes."""
     device = frozen.device
     cuda = device.type == "cuda"
-    # pinned memory and a stream of their own let the copies run beside the next batches
+    # pinned memory and a second stream let the copies run beside the next batches
     copies = _copy_stream(device) if cuda else None
     block = []
     for position in frozen.positions:
@@ -185,9 +174,8 @@ def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype
     for start in range(0, len(images), PASS_IMAGES):
         batch = images[start : start + PASS_IMAGES]
         batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch
-        x = network.record.transform.apply(batch)
-        raw = zip(frozen.positions, frozen.representations(x), strict=True)
-        outputs = [position.to_rows(representation).to(dtype) for position, representation in raw]
+        raw = represent(frozen, network.record.transform, batch, stored=dtype, dtype=dtype)
+        outputs = [position.to_rows(x) for position, x in zip(frozen.positions, raw, strict=True)]
         if copies is not None:
             copies.wait_stream(torch.cuda.current_stream(device))
         with nullcontext() if copies is None else torch.cuda.stream(copies):

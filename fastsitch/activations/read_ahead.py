@@ -13,8 +13,8 @@ Value = TypeVar("Value")
 class ReadAhead(Generic[Item, Value]):
     """Calls ``read`` for each item, in order, in a thread that lives as long as the ``with`` block.
 
-    At most ``ahead`` values are read or being read and not yet taken; in between the thread sleeps. What ``read``
-    raises is raised by :meth:`take`, as it is.
+    At most ``ahead`` values are read, or being read, and not yet taken; when there are so many, the thread sleeps. An
+    error of ``read`` is raised by :meth:`take`, unchanged.
     """
 
     THREAD = "fastsitch-read-ahead"
@@ -27,7 +27,7 @@ class ReadAhead(Generic[Item, Value]):
         self._changed = threading.Condition()
         self._stopped = False
         self._error: BaseException | None = None
-        # a daemon, so that an interpreter that goes down with an iterator still open does not wait for it
+        # a daemon: an interpreter that exits while an iterator is still open does not wait for it
         self._thread = threading.Thread(target=self._work, name=self.THREAD, daemon=True)
 
     def __enter__(self) -> "ReadAhead[Item, Value]":

@@ -5,12 +5,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fastsitch.activations.batch import Batch, Shape
-from fastsitch.activations.order import ImageOrder
-from fastsitch.errors import ConfigError
-
-SOURCES = ("auto", "resident", "streamed", "live")
-"""Held in memory, read from the store while in use, or computed anew for every batch; ``auto`` is one of these."""
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.representation_batch import Batch, Shape
+from fastsitch.errors import ConfigError, argument
 
 
 class SourceSplit(Protocol):
@@ -50,5 +47,5 @@ def refuse_augmentation(augment: bool) -> None:
     if augment:
         raise ConfigError(
             "this recipe shows new views of the images in every epoch, which stored representations cannot: "
-            "use --source live"
+            f"use {argument('source', 'live')}"
         )

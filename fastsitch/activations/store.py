@@ -1,18 +1,16 @@
 """The activation store: a Zarr v3 group with the representations of one network on one data set.
 
-Layout (docs/store.md has it in full):
+Layout (docs/reference/files.md has it in full):
     manifest.json           written last; without a valid one the store does not exist
     train/0, train/1, ...   one array per position, (N, H, W, C), about 4 MiB per chunk, whole images; tokens and
-                            vectors as fastsitch.networks.layout says
+                            vectors as fastsitch.chains.layout says
     train/labels, train/ids (N,) int64; the same under test/
 
 Every chunk ends in its own crc32c, which is verified whenever it is read; the manifest repeats size and checksum of
 every file, so that missing, truncated and exchanged files are found when a store is opened.
 """
 
-import json
 from collections import Counter
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,47 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastsitch.activations.files import MANIFEST, answering, checksums, file_sizes, open_array, read_file
-from fastsitch.advice import command
-from fastsitch.errors import ConfigError, FastsitchError, NetworkError, StoreError
-from fastsitch.identity import stable_hash
-from fastsitch.networks.chain import Position
-from fastsitch.remote import Place, RemoteFolder
-from fastsitch.root import STORES
-
-FORMAT = 1
-COMPRESSIONS = ("none", "zstd")
-
-STORED_AS = {"bf16": np.uint16, "fp16": np.float16, "fp32": np.float32}
-"""bf16 is kept as bit patterns: Zarr has no such type. The true dtype is in the attributes and the manifest."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoreIdentity:
-    """What the content of a store depends on."""
-
-    network: str
-    dataset: str
-    weights: str
-    """Hash of the network's weights."""
-    data: str
-    """Hash of the data set."""
-    normalisation: dict[str, Any]
-    """Of the network's transform: mean and std, and the resolution where images are resized to it."""
-    dtype: str
-    compute: str
-    """The precision of the forward pass."""
-    compress: str
-
-    def __post_init__(self) -> None:
-        if self.dtype not in STORED_AS:
-            raise ConfigError(f"--dtype {self.dtype}: expected one of {', '.join(STORED_AS)}")
-        if self.compress not in COMPRESSIONS:
-            raise ConfigError(f"--compress {self.compress}: expected one of {', '.join(COMPRESSIONS)}")
-
-    @property
-    def hash(self) -> str:
-        return stable_hash(asdict(self))
+from fastsitch.activations.store_files import open_array
+from fastsitch.activations.store_manifest import STORED_AS, StoreIdentity, StoreManifest, remedy
+from fastsitch.chains.position import Position
+from fastsitch.errors import FastsitchError, StoreError
+from fastsitch.folders import Folder, FolderLike, as_folder
 
 
 class ActivationStore:
@@ -70,7 +32,7 @@ class ActivationStore:
     """
 
     def __init__(
-        self, path: Place, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+        self, path: Folder, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
     ) -> None:
         self.path = path
         self.identity = identity
@@ -81,21 +43,15 @@ class ActivationStore:
         self._arrays: dict[tuple[str, bool], Any] = {}
 
     @classmethod
-    def open(cls, path: Place) -> "ActivationStore":
+    def open(cls, path: FolderLike) -> "ActivationStore":
         """Open a store after checking manifest, census and checksums of all files.
 
         Raises StoreError naming the file and the reason when anything is missing, cut off, exchanged or foreign.
         """
-        manifest = _read_manifest(path)
-        try:
-            identity = StoreIdentity(**manifest["identity"])
-            positions = tuple(Position.from_dict(entry) for entry in manifest["positions"])
-            store = cls(path, identity, positions, dict(manifest["sizes"]))
-            files = manifest["files"]
-        except (KeyError, TypeError, IndexError, NetworkError) as error:
-            raise StoreError(f"{path / MANIFEST} is no manifest of an activation store ({error})") from None
-        _census(path, files)
-        return store
+        folder = as_folder(path)
+        manifest = StoreManifest.read(folder)
+        manifest.verify(folder)
+        return cls(folder, manifest.identity, manifest.positions, manifest.sizes)
 
     @property
     def bytes(self) -> int:
@@ -147,15 +103,15 @@ class ActivationStore:
         array = self._array(name)
         step = array.chunks[0]
         first, last = start - start % step, min(-(-stop // step) * step, array.shape[0])
-        # zarrs decodes only the part of a chunk that is asked for and does not verify the checksum then. A last chunk
-        # that reaches beyond the array is always read in part, however much of the array is asked for. zarr's own
-        # pipeline is slower, but decodes chunks whole and finds the damage
+        # asked for a part of a chunk, zarrs decodes no more than that and does not verify the checksum; a last chunk
+        # that reaches beyond the array is always read in part. zarr's own pipeline is slower, but decodes whole chunks
+        # and finds the damage
         edge = last - last % step
         try:
-            with answering(self.path):
-                parts = [array[first:edge]] if edge > first else []
+            with self.path.translating_errors():
+                blocks = [array[first:edge]] if edge > first else []
                 if last > max(edge, first):
-                    parts.append(self._array(name, whole_chunks=False)[max(edge, first) : last])
+                    blocks.append(self._array(name, whole_chunks=False)[max(edge, first) : last])
         except FastsitchError:
             raise
         except (RuntimeError, ValueError, OSError) as error:
@@ -163,10 +119,10 @@ class ActivationStore:
                 f"{self._damaged(name, first, last)} was altered or damaged ({error}); {remedy(self.path)}"
             ) from None
         self.reads.update((name, number) for number in range(first // step, -(-last // step)))
-        values = np.asarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+        values = np.asarray(blocks[0] if len(blocks) == 1 else np.concatenate(blocks))
         return values[start - first : stop - first]
 
-    def _damaged(self, name: str, first: int, last: int) -> Place:
+    def _damaged(self, name: str, first: int, last: int) -> Folder:
         """The file of the chunk that cannot be read, or the array's folder."""
         array = self._array(name, whole_chunks=False)
         step = array.chunks[0]
@@ -180,67 +136,3 @@ class ActivationStore:
     def _chunk_file(self, name: str, number: int) -> str:
         dimensions = len(self._array(name).shape)
         return f"{name}/" + ".".join([str(number), *["0"] * (dimensions - 1)])
-
-
-def remedy(path: Place) -> str:
-    """The command that makes a store again, for error messages."""
-    network = path.name.removesuffix(".partial")
-    folder = path.parent.parent
-    if isinstance(path, RemoteFolder):
-        line = command("precompute", network, root=path.locks.parent, activations=str(folder), force=True)
-    elif path.parents[1].name == STORES and (path.parents[2] / "models").is_dir():
-        line = command("precompute", network, root=path.parents[2], force=True)
-    else:
-        line = f"{command('precompute', network, activations=str(folder), force=True)} and the same --root"
-    return f"make the store again with {line}"
-
-
-def stale(store: ActivationStore, wanted: StoreIdentity, *, content_only: bool) -> str | None:
-    """Why the store is not the wanted one, or None. ``content_only`` accepts any dtype and compression."""
-    reasons = {
-        "network": "it holds another network",
-        "dataset": "it holds another data set",
-        "weights": "the network was trained again since",
-        "data": "the data set has changed since",
-        "normalisation": "the normalisation or the resolution of the network differs",
-        "dtype": f"it holds {store.identity.dtype} instead of {wanted.dtype}",
-        "compute": f"it was computed in {store.identity.compute} instead of {wanted.compute}",
-        "compress": f"its compression is {store.identity.compress} instead of {wanted.compress}",
-    }
-    for key, reason in reasons.items():
-        if content_only and key in ("dtype", "compute", "compress"):
-            continue
-        if getattr(store.identity, key) != getattr(wanted, key):
-            return reason
-    return None
-
-
-def _read_manifest(path: Place) -> dict[str, Any]:
-    file = path / MANIFEST
-    try:
-        text = read_file(path, MANIFEST)
-    except FileNotFoundError:
-        raise StoreError(f"{path} has no {MANIFEST}: it is no complete activation store; {remedy(path)}") from None
-    try:
-        manifest = json.loads(text)
-        found_hash = manifest.pop("manifest_hash")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise StoreError(f"{file} is no manifest of an activation store ({error}); {remedy(path)}") from None
-    if manifest.get("format") != FORMAT:
-        raise StoreError(f"{file} has format {manifest.get('format')}, expected {FORMAT}; {remedy(path)}")
-    if stable_hash(manifest) != found_hash:
-        raise StoreError(f"{file} was altered (its own hash does not fit); {remedy(path)}")
-    return dict(manifest)
-
-
-def _census(path: Place, files: dict[str, list[int]]) -> None:
-    sizes = file_sizes(path)
-    for name, (size, _) in files.items():
-        if name not in sizes:
-            raise StoreError(f"{path / name} is missing; {remedy(path)}")
-        if sizes[name] != size:
-            raise StoreError(f"{path / name} has {sizes[name]} bytes, expected {size}; {remedy(path)}")
-    found = checksums(path, {name: sizes[name] for name in files})
-    for name, (_, checksum) in files.items():
-        if found[name] != checksum:
-            raise StoreError(f"{path / name} has another checksum than the manifest says; {remedy(path)}")

@@ -1,4 +1,4 @@
-"""Which block of images is read when, and where each image lies while it is needed."""
+"""When each block of images is read, and where each image lies in memory while it is needed."""
 
 from dataclasses import dataclass
 
@@ -11,29 +11,28 @@ from torch import Tensor
 def stream_capacity(images: int, batch: int, *, block: int, window: int) -> int:
     """Images in memory at a time: a window, a batch and a block; never more than there are.
 
-    A batch that begins in one window may need all of the next one. A block may reach into the window after that, as
-    windows count images and the short block at the end of the data set lies anywhere in the order.
+    A batch that begins in one window may need all of the next one. A block may reach into the window after that:
+    windows count images, and the short block at the end of the data set can come anywhere in the order.
     """
     return min(images, window + batch + block)
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """Reading the images of ``sequence`` block by block, into slots that are used again.
+    """How the images of ``sequence`` are read block by block, into slots in memory that are used again.
 
-    Blocks come in the order in which their first image is used. An image takes the slot that has been free for the
-    longest time, so where it lies does not depend on how fast anything is. Blocks of which no image is used are left
-    out.
+    Blocks are read in the order in which their first image is used. An image takes the slot that has been free for the
+    longest time, so its slot does not depend on how fast anything runs. Blocks of which no image is used are left out.
     """
 
     blocks: list[tuple[int, int]]
-    """First image, and the one behind the last."""
+    """First image, and the one after the last."""
     slots: Tensor
     """(images read,) int64: the slot of each image, in the order of reading."""
     index: Tensor
     """(images used,) int64: the slot of each image, in the order of use."""
     needed: NDArray[np.int64]
-    """(images used,): how many blocks have to be there for this image and all before it."""
+    """(images used,): how many blocks must have been read for this image and all before it."""
     ends: NDArray[np.int64]
     """(blocks,): images read with this block and all before it."""
     capacity: int
@@ -50,8 +49,8 @@ class StreamPlan:
         slot_of = np.empty(images, np.int64)
         ends = np.cumsum([stop - start for start, stop in blocks], dtype=np.int64)
         for (start, stop), end in zip(blocks, ends, strict=True):
-            place = np.arange(end - (stop - start), end)
-            fresh, freed = place[place < capacity], place[place >= capacity]
+            reading = np.arange(end - (stop - start), end)
+            fresh, freed = reading[reading < capacity], reading[reading >= capacity]
             slot_of[start:stop] = np.concatenate([fresh, slot_of[used[freed - capacity]]])
         return cls(
             blocks=blocks,

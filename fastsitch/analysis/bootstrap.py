@@ -1,18 +1,18 @@
-"""Intervals by resampling: the bootstrap's percentile interval."""
+"""Percentile intervals by bootstrap."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsitch.sweep.interval import LEVEL
+from fastsitch.runs.confidence_interval import LEVEL
 
 RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and its 95 % interval; ``low`` and ``high`` are NaN where there was too little to resample."""
+    """A value and its 95 % interval; ``low`` and ``high`` are NaN where there are too few values to resample."""
 
     value: float
     low: float

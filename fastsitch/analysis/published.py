@@ -1,4 +1,4 @@
-"""The published numbers: matrices of Hernandez et al. 2022, as text, figures and the authors' logs give them."""
+"""The matrices of Hernandez et al. 2022, from the text, the figures and the authors' logs."""
 
 import json
 from dataclasses import dataclass
@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastsitch.vocabulary import Setting
+
 DATASET, WIDTH = "cifar10", 64
-"""What the published networks were: their data set, and the channels of their first stage."""
+"""The data set of the published networks, and the channels of their first stage."""
 
 _SOURCES = {"figure_2": "Figure 2", "figure_5": "Figure 5", "logs": "the authors' logs"}
 
@@ -23,7 +25,7 @@ class PublishedMatrix:
     """``Figure 2``, ``Figure 5`` or ``the authors' logs``."""
     sender: str
     receiver: str
-    setting: str
+    setting: Setting
     matched: bool
     """Of matched (similarity-trained) stitches rather than vanilla ones."""
     accuracy: NDArray[np.float64]

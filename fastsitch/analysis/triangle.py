@@ -1,13 +1,15 @@
-"""The pattern of a stitching matrix: earlier receiver positions can stand on later sender positions."""
+"""The triangle in a stitching matrix: later sender positions can be stitched to earlier receiver positions."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastsitch.analysis.bootstrap import Estimate, mean_estimate, percentile_interval, resampled_means
 from fastsitch.identity import numpy_generator
-from fastsitch.sweep.results import Run
+from fastsitch.runs.run import Run
+from fastsitch.vocabulary import Metric, Setting
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Triangle:
 class TriangleRow:
     """Both regions and their difference, for one pair or over all pairs of a setting or of all settings."""
 
-    setting: str
+    setting: Setting | Literal["all"]
     """``all`` in the row over all pairs of all settings."""
     pair: tuple[str, str] | None
     """Sender and receiver; None for all pairs."""
@@ -57,14 +59,14 @@ def gap_over_cells(matrix: NDArray[np.float64], generator: np.random.Generator) 
     return Estimate(triangle(matrix).gap, *percentile_interval(resampled))
 
 
-def run_triangles(run: Run, metric: str = "accuracy") -> list[TriangleRow]:
+def run_triangles(run: Run, metric: Metric = "accuracy") -> list[TriangleRow]:
     """For each setting of a run one row per pair, then one over all pairs in which every pair counts the same.
 
     With several settings a last row is over all pairs of all of them.
 
-    The interval over all pairs resamples pairs. It takes them as independent, which pairs that share a network are not
-    quite: with few networks it is rather too narrow. Generators are seeded by the names, so the same run gives the
-    same intervals.
+    The interval over all pairs resamples pairs as if they were independent. Pairs that share a network are not quite:
+    with few networks it is rather too narrow. Generators are seeded by the names, so the same run gives the same
+    intervals.
     """
     rows: list[TriangleRow] = []
     for setting in run.config.settings:
@@ -81,7 +83,7 @@ def run_triangles(run: Run, metric: str = "accuracy") -> list[TriangleRow]:
     return rows
 
 
-def _over_pairs(setting: str, rows: list[TriangleRow]) -> TriangleRow:
+def _over_pairs(setting: Setting | Literal["all"], rows: list[TriangleRow]) -> TriangleRow:
     regions = [row.regions for row in rows if row.pairs]
     values = np.array([(pair.lower_left, pair.rest) for pair in regions]).reshape(-1, 2)
     means = Triangle(*map(float, values.mean(0))) if regions else Triangle(np.nan, np.nan)

@@ -1,12 +1,12 @@
-"""The receiver's convolutions by themselves, block by block."""
+"""The speed of the receiver's convolutions alone, block by block."""
 
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from fastsitch.benchmark.bare import BareConvolutions
-from fastsitch.benchmark.timing import Spread, alternate, at_once
+from fastsitch.benchmark.bare_convolutions import BareConvolutions
+from fastsitch.benchmark.timing_rounds import Spread, alternate, recorded
 from fastsitch.networks.resnet import SmallResNet
 
 
@@ -44,9 +44,9 @@ def measure_ceiling(
     assert counts[0] > 0
     bare = BareConvolutions(chain, counts, images, dtype, device)
     blocks = range(len(bare.names))
-    whole = alternate({"all": at_once(bare.run, device)}, repeats, device)["all"]
-    forward = alternate({str(k): at_once(partial(bare.forward, k), device) for k in blocks}, repeats, device)
-    gradient = alternate({str(k): at_once(partial(bare.backward, k), device) for k in blocks}, repeats, device)
+    whole = alternate({"all": recorded(bare.run, device)}, repeats, device)["all"]
+    forward = alternate({str(k): recorded(partial(bare.forward, k), device) for k in blocks}, repeats, device)
+    gradient = alternate({str(k): recorded(partial(bare.backward, k), device) for k in blocks}, repeats, device)
     return Ceiling(
         width=chain.positions[0].shape[0],
         images=images,

@@ -1,1 +1,1 @@
-"""Work on many machines through Ray: a connection, workers that hold what they have loaded, and who does what."""
+"""Work on many machines through Ray: the connection, a pool of workers, and the queue of their jobs."""

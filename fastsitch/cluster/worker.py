@@ -1,4 +1,4 @@
-"""What runs on the machines of a cluster. Imported there and by the driver; needs no Ray itself."""
+"""What runs on the machines of a cluster. Imported there and by the driver; does not need Ray itself."""
 
 import logging
 import os
@@ -15,55 +15,53 @@ from typing import Any
 import torch
 
 from fastsitch.machine import versions
+from fastsitch.progress import Progress, Report
 
-Tell = Callable[[Any], None]
-"""tell(progress)."""
+Task = Callable[[Any, Report], Any]
+"""task(job, report) -> result: does one job, and may keep what it has loaded for the next."""
 
-Station = Callable[[Any, Tell], Any]
-"""station(job, tell) -> result: what a worker does with a job. It may keep what the next job needs too."""
-
-_TELL_INTERVAL = 0.2
-"""Seconds between two pieces of progress that are sent."""
+_REPORT_INTERVAL = 0.2
+"""Least seconds between two progress reports that are sent."""
 
 
 @dataclass(frozen=True)
-class Arrived:
-    """A worker has started: on which machine, with which versions, and whether it sees the driver's root."""
+class Started:
+    """A worker has started: its machine, its versions, and whether it sees the driver's root."""
 
     host: str
     process: int
     versions: dict[str, str]
-    shares: bool
+    sees_root: bool
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a station told."""
+class Reported:
+    """Progress that a task reported."""
 
-    value: Any
+    value: Progress
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a station returned."""
+    """The result that a task returned."""
 
     value: Any
 
 
-Event = Arrived | Told | Finished | logging.LogRecord
+Event = Started | Reported | Finished | logging.LogRecord
 
 
 class Worker:
-    """The actor. It works in a thread, so that what is logged and told can be sent as it comes.
+    """The Ray actor. It works in a thread, so that log records and progress are sent while a job runs.
 
-    ``make`` is called for the first job. ``witness`` is a file in the driver's root. The number of ``threads`` is that
-    of the driver: results may depend on it in the last bit.
+    ``make_task`` is called before the first job. ``root_marker`` is a file in the driver's root. ``threads`` is as many
+    as the driver uses: results may depend on that number in the last bit.
     """
 
-    def __init__(self, make: Callable[[], Station], threads: int, witness: Path) -> None:
-        self._make = make
-        self._witness = witness
-        self._station: Station | None = None
+    def __init__(self, make_task: Callable[[], Task], threads: int, root_marker: Path) -> None:
+        self._make_task = make_task
+        self._root_marker = root_marker
+        self._task: Task | None = None
         self._events: SimpleQueue[Any] = SimpleQueue()
         self._thread = ThreadPoolExecutor(max_workers=1)
         torch.set_num_threads(threads)
@@ -73,27 +71,27 @@ class Worker:
         logger.propagate = False
 
     def run(self, job: Any) -> Iterator[Event]:
-        """Do a job: yields what happens, and last :class:`Finished`. Without a job: :class:`Arrived`."""
+        """Do a job: yields what happens, and :class:`Finished` last. Without a job: :class:`Started`."""
         if job is None:
-            yield Arrived(socket.gethostname(), os.getpid(), versions(), self._witness.is_file())
+            yield Started(socket.gethostname(), os.getpid(), versions(), self._root_marker.is_file())
             return
         work = self._thread.submit(self._work, job)
         work.add_done_callback(lambda _: self._events.put(None))
-        # Ray sends into generators, which an iterator behind yield from would not take
+        # Ray sends into generators, which the iterator behind a yield from does not accept
         for event in iter(self._events.get, None):  # noqa: UP028
             yield event
         yield Finished(work.result())
 
     def _work(self, job: Any) -> Any:
-        if self._station is None:
-            self._station = self._make()
+        if self._task is None:
+            self._task = self._make_task()
         sent = 0.0
 
-        def tell(value: Any) -> None:
+        def report(progress: Progress) -> None:
             nonlocal sent
             now = time.monotonic()
-            if now - sent >= _TELL_INTERVAL:
+            if now - sent >= _REPORT_INTERVAL:
                 sent = now
-                self._events.put(Told(value))
+                self._events.put(Reported(progress))
 
-        return self._station(job, tell)
+        return self._task(job, report)

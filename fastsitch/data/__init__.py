@@ -1,8 +1,8 @@
 """Data sets as uint8 tensors in memory."""
 
 from fastsitch.data.dataset import Dataset, Normalisation, Split
-from fastsitch.data.load import (
-    DEFAULT_DATASET,
+from fastsitch.data.random_views import Views
+from fastsitch.data.read_dataset import (
     SIZES,
     DatasetSize,
     canonical_dataset,
@@ -12,10 +12,8 @@ from fastsitch.data.load import (
     load_dataset,
 )
 from fastsitch.data.transform import Transform
-from fastsitch.data.views import Views
 
 __all__ = [
-    "DEFAULT_DATASET",
     "SIZES",
     "Dataset",
     "DatasetSize",

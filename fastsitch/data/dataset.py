@@ -14,7 +14,15 @@ _COUNTED_PIXELS = 1 << 24
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Per-channel mean and standard deviation of pixels in [0, 1]; raises ConfigError where they cannot be."""
+    """Mean and standard deviation of every channel, of pixels in [0, 1].
+
+    Attributes:
+        mean: one number per channel.
+        std: one number above 0 per channel.
+
+    Raises:
+        ConfigError: they differ in length, or a standard deviation is not above 0.
+    """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -40,7 +48,12 @@ class Normalisation:
 
 @dataclass(frozen=True)
 class Split:
-    """Images uint8 (N, H, W, 3) and labels int64 (N,), on one device."""
+    """The images of one split, on one device.
+
+    Attributes:
+        images: uint8 (N, H, W, 3).
+        labels: int64 (N,).
+    """
 
     images: Tensor
     labels: Tensor
@@ -49,12 +62,20 @@ class Split:
         return len(self.labels)
 
     def to(self, device: torch.device) -> "Split":
+        """The same images on another device."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Both splits of a data set, its name as given by the user, and its number of classes."""
+    """A data set, in memory.
+
+    Attributes:
+        name: as the user gave it; results carry it.
+        train: the images that stitches are trained on.
+        test: the images that accuracies are counted on.
+        classes: how many different labels there are, 0 ... classes - 1.
+    """
 
     name: str
     train: Split
@@ -85,8 +106,8 @@ class Dataset:
         values = torch.arange(256, dtype=torch.float64) / 255
         for channel in range(images.shape[-1]):
             # some images at a time: counting takes four bytes per pixel
-            parts = torch.split(images[..., channel], max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
-            counted = [torch.bincount(part.reshape(-1).to(torch.int32), minlength=256) for part in parts]
+            blocks = torch.split(images[..., channel], max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
+            counted = [torch.bincount(block.reshape(-1).to(torch.int32), minlength=256) for block in blocks]
             counts = torch.stack(counted).sum(0).double().cpu()
             average = (counts @ values / counts.sum()).item()
             variance = (counts @ (values - average) ** 2 / counts.sum()).item()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsitch.data.formats import read_idx_array
+from fastsitch.data.file_formats import read_idx_array
 from fastsitch.identity import numpy_generator
 
 

@@ -8,16 +8,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsitch.data.dataset import Normalisation
-from fastsitch.data.views import Views
+from fastsitch.data.random_views import Views
 from fastsitch.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class Transform:
-    """What a network makes of images: its normalisation, and its resolution (height, width), None for their own.
+    """How a network takes images.
 
-    Images of another size are resized in fp32, bilinear with antialias, to exactly that height and width. It belongs to
-    the network: two networks see the same images in the same order, each through its own transform.
+    Images of another size are resized in fp32, bilinear with antialias, to exactly that height and width. A transform
+    belongs to a network: two networks see the same images in the same order, each through its own transform.
+
+    Attributes:
+        normalisation: of the pixels.
+        resolution: height and width in pixels, each at least 1; None: those of the images.
+
+    Raises:
+        ConfigError: a resolution below 1.
     """
 
     normalisation: Normalisation

@@ -1,6 +1,5 @@
 """Networks on disk: weights as safetensors, everything else as JSON."""
 
-import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,20 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import nn
 
+from fastsitch.chains.chain import Chain
+from fastsitch.checked_files import DamagedFile, read_json, with_hash
 from fastsitch.data import Dataset, Normalisation, Transform, dataset_folder
-from fastsitch.errors import NetworkError
-from fastsitch.files import write_atomically, write_json
-from fastsitch.identity import stable_hash, tensors_hash, torch_generator
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.definition import Definition
-from fastsitch.networks.names import BLOCKS, NetworkName
+from fastsitch.errors import NetworkError, argument, plain
+from fastsitch.files import PARTIAL, remove_leftovers, write_atomically, write_json
+from fastsitch.identity import tensors_hash, torch_generator
+from fastsitch.network_names import BLOCKS, NetworkName
+from fastsitch.networks.network_definition import Definition
 from fastsitch.networks.resnet import SmallResNet, initialise
+from fastsitch.typed_fields import typed
 
 _FORMAT = 1
+
+_TRAIN_AGAIN = f"train the network again with {argument('force', True)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,15 +59,15 @@ class NetworkRecord:
         changes: dict[str, Any] = {"normalisation": normalisation, "input_shape": (channels, height, width)}
         if "definition" in content:
             changes["definition"] = Definition.from_dict(content["definition"])
-        return cls(**{**content, **changes})
+        return typed(cls(**{**content, **changes}))
 
     @property
     def transform(self) -> Transform:
-        """What the network makes of a data set's images."""
+        """How a data set's images are prepared for the network."""
         return Transform(self.normalisation, self.input_shape[1:])
 
     def build(self) -> nn.Module:
-        """The network as it begins, in eval mode: its weights are drawn from its name."""
+        """The untrained network in eval mode: its name is the seed of its weights."""
         if self.definition is not None:
             return self.definition.build(["network", self.name, self.classes])
         blocks = BLOCKS[NetworkName.parse(self.name).architecture]
@@ -99,9 +102,11 @@ def save_network(folder: Path, module: nn.Module, record: NetworkRecord) -> None
     weights = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in module.state_dict().items()}
     file_name = f"{name}.{record.weights_hash[:12]}.safetensors"
     content = format_safetensors(weights)
+    # what was killed while it wrote may have had other weights, and so another name
+    remove_leftovers(folder, f"{name}.*.safetensors.", PARTIAL)
     write_atomically(folder / file_name, lambda file: file.write(content))
     description = {"format": _FORMAT, "weights_file": file_name, **record.to_dict()}
-    write_json(folder / f"{name}.json", {**description, "record_hash": stable_hash(description)})
+    write_json(folder / f"{name}.json", with_hash(description, "record_hash"))
     for old in folder.glob(f"{name}.*.safetensors"):
         if old.name != file_name:
             old.unlink()
@@ -109,28 +114,29 @@ def save_network(folder: Path, module: nn.Module, record: NetworkRecord) -> None
 
 def read_record(folder: Path, name: NetworkName) -> NetworkRecord | None:
     """The record of a trained network, or None when there is none; raises NetworkError when it is malformed."""
-    content = _read_json(folder / f"{name}.json")
+    content = _read_record_file(folder / f"{name}.json")
     return None if content is None else content[0]
 
 
-def _read_json(path: Path) -> tuple[NetworkRecord, str] | None:
-    if not path.is_file():
-        return None
+def _read_record_file(path: Path) -> tuple[NetworkRecord, str] | None:
+    if path.exists() and not path.is_file():
+        raise NetworkError(f"{path} is no regular file: expected the record of a network; remove it")
     try:
-        content = json.loads(path.read_text())
-        found_hash = content.pop("record_hash")
-        intact = stable_hash(content) == found_hash
-        if content.pop("format") != _FORMAT:
-            raise NetworkError(f"{path} has another format: expected {_FORMAT}; train the network again with --force")
+        content = read_json(path, "record_hash")
+        if (found_format := content.pop("format")) != _FORMAT:
+            raise NetworkError(f"{path} has format {found_format}: expected {_FORMAT}; {_TRAIN_AGAIN}")
         weights_file = content.pop("weights_file")
+        if not isinstance(weights_file, str) or Path(weights_file).name != weights_file:
+            raise DamagedFile(f"weights_file is {plain(repr(weights_file))}")
         record = NetworkRecord.from_dict(content)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NetworkError(f"{path} is no network record ({error}): train the network again with --force") from None
-    if not intact:
-        raise NetworkError(f"{path} was altered (its own hash does not fit): train the network again with --force")
+    except FileNotFoundError:
+        return None
+    except (DamagedFile, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise NetworkError(f"cannot read {path} as a network record ({error}): {_TRAIN_AGAIN}") from None
     if record.name != path.stem or dataset_folder(record.dataset) != path.parent.name:
         raise NetworkError(
-            f"{path} describes {record.name} on {record.dataset}: it belongs elsewhere; remove it or train again"
+            f"{path} describes {record.name} on {record.dataset}: expected {path.stem} in the folder of its data set; "
+            "remove the file or train the network again"
         )
     return record, weights_file
 
@@ -138,11 +144,11 @@ def _read_json(path: Path) -> tuple[NetworkRecord, str] | None:
 def load_network(folder: Path, name: NetworkName) -> Network:
     """Load a trained network, or derive an untrained control from its namesake.
 
-    Raises NetworkError when the network (or the control's namesake) was never trained, or its files do not fit.
+    Raises NetworkError when the network (or the control's namesake) was never trained, or its files are damaged.
     """
     if name.random:
         return _control(folder, name)
-    found = _read_json(folder / f"{name}.json")
+    found = _read_record_file(folder / f"{name}.json")
     if found is None:
         raise NetworkError(f"no network {name} in {folder}")
     record, file_name = found
@@ -152,14 +158,12 @@ def load_network(folder: Path, name: NetworkName) -> Network:
         weights = parse_safetensors(path.read_bytes())
         module.load_state_dict(weights)
     except FileNotFoundError:
-        raise NetworkError(f"{path} is missing: train the network again with --force") from None
+        raise NetworkError(f"{path} is missing: {_TRAIN_AGAIN}") from None
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise NetworkError(
-            f"{path} does not hold the weights of {name} ({reason}): train the network again with --force"
-        ) from None
+        raise NetworkError(f"{path} does not hold the weights of {name} ({reason}): {_TRAIN_AGAIN}") from None
     if tensors_hash(weights) != record.weights_hash:
-        raise NetworkError(f"{path} was altered since it was trained: train the network again with --force")
+        raise NetworkError(f"{path} was altered since it was trained: {_TRAIN_AGAIN}")
     return Network(record, record.cut(module))
 
 
@@ -174,14 +178,19 @@ def namesake(folder: Path, name: NetworkName) -> NetworkRecord | None:
     Raises NetworkError when networks of that architecture differ in width or transform: the control would be ambiguous.
     """
     files = [path for path in folder.glob(f"{name.architecture}*.json") if _is_seed_of(path.stem, name.architecture)]
-    records = [found[0] for path in files if (found := _read_json(path)) is not None]
+    records = [found[0] for path in files if (found := _read_record_file(path)) is not None]
+    if name.random and any(record.definition and not record.definition.draws_weights for record in records):
+        raise NetworkError(
+            f"{name.architecture} brings its weights along, whatever the seed, and has no untrained control: leave out "
+            f"{argument('settings')} with R, or have its code draw its weights"
+        )
     widths = {record.name: record.width for record in records}
     if len(set(widths.values())) > 1:
-        listed = ", ".join(f"{own} has width {width}" for own, width in sorted(widths.items()))
+        listed = ", ".join(f"{seed} has width {width}" for seed, width in sorted(widths.items()))
         raise NetworkError(f"{name} is ambiguous: {listed}; keep the seeds of an architecture at one width")
     if any(record.definition != records[0].definition for record in records):
         listed = ", ".join(sorted(record.name for record in records))
-        raise NetworkError(f"{name} is ambiguous: {listed} are not of one definition; train them again with --force")
+        raise NetworkError(f"{name} is ambiguous: {listed} have different definitions; {_TRAIN_AGAIN}")
     if len({record.transform for record in records}) > 1:
         listed = ", ".join(sorted(record.name for record in records))
         raise NetworkError(
@@ -198,7 +207,9 @@ def _is_seed_of(stem: str, architecture: str) -> bool:
 def _control(folder: Path, name: NetworkName) -> Network:
     model = namesake(folder, name)
     if model is None:
-        raise NetworkError(f"no network {name.architecture} in {folder}, whose untrained control {name} would be")
+        raise NetworkError(
+            f"no network {name.architecture} in {folder}, from which the untrained control {name} is derived"
+        )
     draft = replace(model, name=str(name), recipe={}, accuracy=None, loss=None)
     module = draft.build()
     weights_hash = tensors_hash(module.state_dict())
@@ -206,14 +217,14 @@ def _control(folder: Path, name: NetworkName) -> Network:
 
 
 def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
-    """Raise NetworkError when the data set is not the one that the network was trained on, as it was then."""
+    """Raise NetworkError unless the data set is exactly the one that the network was trained on."""
     # an added network may know more classes than the data set has
     fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
     if record.input_shape[0] != dataset.input_shape[0] or not fits:
         raise NetworkError(
-            f"{record.name} was made for images of {record.input_shape[0]} channels and {record.classes} classes, but "
-            f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: train it again with --force"
+            f"{record.name} was built for images of {record.input_shape[0]} channels and {record.classes} classes, but "
+            f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: {_TRAIN_AGAIN}"
         )
     if record.data_hash != dataset.hash:
-        remedy = "add it again with the same --weights" if "weights" in record.recipe else "train it again with --force"
+        remedy = f"add it again with the same {argument('weights')}" if "weights" in record.recipe else _TRAIN_AGAIN
         raise NetworkError(f"{dataset.name} has changed since {record.name} was trained on it: {remedy}")

@@ -2,22 +2,22 @@
 
 import hashlib
 import inspect
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from fastsitch.errors import NetworkError
+from fastsitch.chains.trace import first_line
+from fastsitch.errors import FastsitchError, NetworkError, argument
+from fastsitch.files import expanded
 from fastsitch.identity import stable_hash
-from fastsitch.networks.trace import first_line
+from fastsitch.networks.factory_file import file_hash, imported_neighbours, importing_neighbours
 
 Size = tuple[int, int, int]
 """Channels, height, width of an image."""
@@ -25,62 +25,95 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``torchvision:NAME``, ``timm:NAME``, or ``FILE.py:FACTORY`` with an absolute path and the file's sha256."""
+    """``torchvision:NAME``, ``timm:NAME``, or ``FILE.py:FACTORY`` with an absolute path and the file's sha256.
+
+    ``neighbours`` are the files in its folder that it imports, each with its sha256; known once it was built.
+    """
 
     text: str
     file_hash: str | None = None
+    neighbours: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "ModelSource":
+        """The inverse of :meth:`to_dict`; raises KeyError or TypeError."""
+        neighbours = tuple((name, digest) for name, digest in content.get("neighbours", {}).items())
+        return cls(content["text"], content["file_hash"], neighbours)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without neighbours as it was before there were any."""
+        content: dict[str, Any] = {"text": self.text, "file_hash": self.file_hash}
+        return {**content, "neighbours": dict(self.neighbours)} if self.neighbours else content
 
     @classmethod
     def parse(cls, text: str) -> "ModelSource":
-        """Read what a user named; raises NetworkError for another form or a missing file. Nothing is imported."""
+        """Parse what a user typed; raises NetworkError for another form or a missing file. Nothing is imported."""
         kind, _, name = text.partition(":")
         if kind in _LIBRARIES and name:
             return cls(text)
         location, _, factory = text.rpartition(":")
         if not location.endswith(".py") or not factory.isidentifier():
-            raise NetworkError(f"--from {text}: expected torchvision:NAME, timm:NAME or FILE.py:FACTORY")
-        path = Path(location).resolve()
+            raise NetworkError(
+                f"{argument('source', text, option='--from')}: expected torchvision:NAME, timm:NAME or FILE.py:FACTORY"
+            )
+        path = expanded(location).resolve()
         return cls(f"{path}:{factory}", hashlib.sha256(_read(path)).hexdigest())
 
     def build(self, classes: int, input_shape: Size, key: Any = 0) -> nn.Module:
-        """The network with the weights that its own code draws, from a generator seeded by ``key``: fp32, CPU, eval.
+        """The network with the weights that its code draws from a generator seeded by ``key``: fp32, CPU, eval.
 
         Code of the library, or of the file that the user named, runs here. Raises NetworkError when it fails, and when
         the file is no longer the one that was named.
         """
         kind, _, name = self.text.partition(":")
         generator = torch.default_generator
-        state = generator.get_state()
+        state, dtype = generator.get_state(), torch.get_default_dtype()
         try:
             generator.manual_seed(int(stable_hash(key)[:15], 16))
-            with _failures_named(self.text):
+            with foreign_code(self.text):
                 library = _LIBRARIES.get(kind)
-                made = self._from_file(classes, input_shape) if library is None else library(name, classes, input_shape)
+                module = (
+                    self._from_file(classes, input_shape) if library is None else library(name, classes, input_shape)
+                )
         finally:
             generator.set_state(state)
-        if not isinstance(made, nn.Module):
-            raise NetworkError(f"{self.text} gives a {type(made).__name__}: expected an nn.Module")
-        made = made.float().cpu()
-        # a train() of its own need not return anything
-        made.eval()
-        return made
+            torch.set_default_dtype(dtype)
+        # not isinstance, which believes what an object says of its class
+        if not issubclass(type(module), nn.Module):
+            raise NetworkError(f"{self.text} returns a {type(module).__name__}: expected an nn.Module")
+        module = module.float().cpu()
+        # the module may override train() and return nothing
+        module.eval()
+        return module
+
+    def with_neighbours(self) -> "ModelSource":
+        """The same source, with the files that building it imported from its folder."""
+        if self.file_hash is None:
+            return self
+        location, _, _ = self.text.rpartition(":")
+        return replace(self, neighbours=imported_neighbours(Path(location), self.file_hash))
 
     def _from_file(self, classes: int, input_shape: Size) -> Any:
         location, _, name = self.text.rpartition(":")
         path = Path(location)
         content = _read(path)
-        found = hashlib.sha256(content).hexdigest()
-        if found != self.file_hash:
-            raise NetworkError(
-                f"{path} has changed since the network was added (its sha256 begins with {found[:8]}, not with "
-                f"{(self.file_hash or '')[:8]}): restore it, or add the network and train it, both again with --force"
-            )
-        factory = getattr(_imported(path, content, found), name, None)
-        if not callable(factory):
-            raise NetworkError(f"{path} has no function {name}: expected one that returns an nn.Module")
-        known = {"classes": classes, "num_classes": classes, "input_shape": input_shape}
-        taken = inspect.signature(factory).parameters
-        return factory(**{key: value for key, value in known.items() if key in taken})
+        for file, found, expected in (
+            (path, hashlib.sha256(content).hexdigest(), self.file_hash or ""),
+            *((path.parent / file, file_hash(path.parent / file), digest) for file, digest in self.neighbours),
+        ):
+            if found != expected:
+                now = f"its sha256 begins with {found[:8]}, not with {expected[:8]}" if found else "it is gone"
+                raise NetworkError(
+                    f"{file} has changed since the network was added ({now}): restore it, or add the network and train "
+                    f"it again, both with {argument('force', True)}"
+                )
+        with importing_neighbours(path, content) as module:
+            factory = getattr(module, name, None)
+            if not callable(factory):
+                raise NetworkError(f"{path} has no function {name}: expected one that returns an nn.Module")
+            arguments = {"classes": classes, "num_classes": classes, "input_shape": input_shape}
+            parameters = inspect.signature(factory).parameters
+            return factory(**{key: value for key, value in arguments.items() if key in parameters})
 
 
 def _torchvision(name: str, classes: int, input_shape: Size) -> nn.Module:
@@ -89,7 +122,7 @@ def _torchvision(name: str, classes: int, input_shape: Size) -> nn.Module:
     # classification alone: builders of other tasks would download a backbone
     _require_known("torchvision", name, models.list_models(module=models))
     _, height, width = input_shape
-    # what a few families have to know of the image beforehand
+    # a few families need the size of the image
     options: dict[str, Any] = {}
     if name.startswith("vit_"):
         options = {"image_size": height}
@@ -108,8 +141,8 @@ def _timm(name: str, classes: int, input_shape: Size) -> nn.Module:
     channels, *size = input_shape
     fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
     options: dict[str, Any] = {"img_size": tuple(size)} if fixed else {}
-    made: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **options)
-    return made
+    model: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **options)
+    return model
 
 
 _LIBRARIES: dict[str, Callable[[str, int, Size], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
@@ -122,36 +155,23 @@ def _require_known(library: str, name: str, known: Sequence[str]) -> None:
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file():
+        raise NetworkError(f"{path} is no regular file: expected a Python file with a factory")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise NetworkError(f"{path} cannot be read ({error.strerror}): expected a Python file with a factory") from None
-
-
-def _imported(path: Path, content: bytes, digest: str) -> ModuleType:
-    """The module made of exactly these bytes, which were hashed; run once per process."""
-    name = f"fastsitch_file_{digest[:16]}"
-    if name not in sys.modules:
-        module = ModuleType(name)
-        module.__file__ = str(path)
-        sys.modules[name] = module
-        try:
-            exec(compile(content, str(path), "exec"), module.__dict__)
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+        raise NetworkError(f"cannot read {path} ({error.strerror}): expected a Python file with a factory") from None
 
 
 @contextmanager
-def _failures_named(text: str) -> Iterator[None]:
-    """Turn whatever a library's or a user's code raises into one line with the place where it arose."""
+def foreign_code(text: str) -> Iterator[None]:
+    """Turn whatever a library's or a user's code raises into one line that names file and line."""
     try:
         yield
-    except NetworkError:
+    except (FastsitchError, KeyboardInterrupt):
         raise
-    # an exit or an interrupt of the code's own is a failure too
-    except (Exception, SystemExit) as error:
+    # code may also call sys.exit, or raise what is no Exception
+    except BaseException as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise NetworkError(
             f"{text} cannot be built: {type(error).__name__} in {frame.filename}:{frame.lineno}: {first_line(error)}"

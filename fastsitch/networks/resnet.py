@@ -1,13 +1,15 @@
 """The small residual networks of the published study (CIFAR form: 3x3 stem, no max-pool)."""
 
 import math
+from functools import cache
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from fastsitch.networks.chain import Chain
-from fastsitch.networks.layout import Shape
+from fastsitch.chains.chain import Chain
+from fastsitch.chains.chain_flops import chain_flops
+from fastsitch.chains.layout import Shape
 
 
 class Stem(nn.Module):
@@ -81,9 +83,9 @@ class SmallResNet(Chain):
 
 
 def initialise(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw all weights anew, by PyTorch's own rules for convolutions and linear layers; BatchNorm is the identity.
+    """Draw new weights by PyTorch's rules for convolutions and linear layers; BatchNorm is the identity.
 
-    The generator lives on the CPU, so a seed means the same network everywhere.
+    The generator lives on the CPU, so a seed gives the same network on every machine.
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -106,3 +108,12 @@ def position_shapes(blocks: tuple[int, ...], width: int, input_size: tuple[int, 
             height, breadth = -(-height // 2), -(-breadth // 2)
         shapes += [(f"layer{stage + 1}.{block}", (width << stage, height, breadth)) for block in range(count)]
     return shapes
+
+
+@cache
+def resnet_flops(
+    blocks: tuple[int, ...], width: int, classes: int, input_shape: tuple[int, int, int]
+) -> tuple[float, ...]:
+    """Those of :func:`chain_flops`: the stem, every block, the classifier. No weights are made."""
+    with torch.device("meta"):
+        return chain_flops(SmallResNet(blocks, width=width, classes=classes, input_shape=input_shape))

@@ -3,32 +3,35 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from fastsitch.analysis.compare import Comparison, RunComparison
+from fastsitch.analysis.compare_published import Comparison, RunComparison
 
 _GAP = " " * 6
 
 
 def comparison_text(comparison: RunComparison) -> str:
-    """For each shared matrix the published one and the run's side by side, then what the two have in common."""
-    parts = []
+    """For each shared pair the published matrix and the run's side by side, then how well they agree."""
+    blocks = []
     if comparison.reason:
-        parts.append(
-            f"run {comparison.run} is of another kind than the published one: {comparison.reason}.\n"
-            "Accuracies are not comparable then; only the order of the cells is: rank correlation alone is given."
+        blocks.append(
+            f"run {comparison.run} cannot be compared with the published study cell by cell: {comparison.reason}.\n"
+            "Only the order of the cells can: rank correlation alone is given."
         )
     if comparison.accuracies:
-        lines = [f"{name:14}{published:>11.4f}{own:>11.4f}" for name, (published, own) in comparison.accuracies.items()]
-        parts.append("\n".join([f"{'network':14}{'published':>11}{'this run':>11}", *lines]))
-    parts += [matrix_text(matrix) for matrix in comparison.matrices]
-    return "\n\n".join(parts)
+        lines = [
+            f"{name:14}{published:>11.4f}{measured:>11.4f}"
+            for name, (published, measured) in comparison.accuracies.items()
+        ]
+        blocks.append("\n".join([f"{'network':14}{'published':>11}{'this run':>11}", *lines]))
+    blocks += [matrix_text(matrix) for matrix in comparison.matrices]
+    return "\n\n".join(blocks)
 
 
 def matrix_text(comparison: Comparison) -> str:
-    """One published matrix and the run's own; rows are sender positions, columns receiver positions."""
+    """One published matrix beside the run's; rows are sender positions, columns receiver positions."""
     published = comparison.published
     kind = "matched" if published.matched else "vanilla"
     head = f"{comparison.sender} -> {comparison.receiver}, {published.setting}, {kind}: {published.source}"
-    left, right = _lines(published.accuracy), _lines(comparison.own)
+    left, right = _lines(published.accuracy), _lines(comparison.accuracy)
     width = max(map(len, left))
     titles = f"{'published':{width}}{_GAP}this run"
     body = [f"{a:{width}}{_GAP}{b}" for a, b in zip(left, right, strict=True)]

@@ -14,10 +14,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from numpy.typing import NDArray
 
 from fastsitch.files import output_folder
-from fastsitch.report.metrics import Style, style_of
-from fastsitch.report.output import save_figure
+from fastsitch.report.metric_styles import Style, style_of
+from fastsitch.report.write_figures import save_figure
+from fastsitch.runs.output_source import source_of
+from fastsitch.runs.run import Run
 from fastsitch.stitching.cells import Unit
-from fastsitch.sweep.results import Run
+from fastsitch.vocabulary import Metric, Setting
 
 _DARK = 0.45
 """Below this luminance a cell's number is white."""
@@ -28,7 +30,7 @@ _CELL = 0.6
 
 @dataclass(frozen=True, kw_only=True)
 class Panel:
-    """One matrix (sender positions, receiver positions) and what is written around it; rows = sender."""
+    """One matrix (sender positions, receiver positions), rows = sender, with its labels and title."""
 
     matrix: NDArray[np.float64]
     status: NDArray[np.float64]
@@ -40,7 +42,7 @@ class Panel:
     title: str
 
 
-def pair_panel(run: Run, sender: str, receiver: str, setting: str, metric: str = "accuracy") -> Panel:
+def pair_panel(run: Run, sender: str, receiver: str, setting: Setting, metric: Metric = "accuracy") -> Panel:
     """One pair and setting of a run; the accuracies of both networks in the title."""
     first, last = run.pair_networks(sender, receiver, setting)
     return Panel(
@@ -57,10 +59,10 @@ def pair_panel(run: Run, sender: str, receiver: str, setting: str, metric: str =
     )
 
 
-def seeds_note(run: Run, pairs: Sequence[tuple[str, str, str]], metric: str) -> str:
-    """What several seeds mean for the numbers shown: ``mean of 3 seeds, 95 % interval at most ±0.012``; else empty.
+def seeds_note(run: Run, pairs: Sequence[tuple[str, str, Setting]], metric: Metric) -> str:
+    """A note for runs with several seeds: ``mean of 3 seeds, 95 % interval at most ±0.012``; else empty.
 
-    The widest of the intervals of all finished cells of ``pairs`` (sender, receiver, setting).
+    The interval is the widest of all finished cells of ``pairs`` (sender, receiver, setting).
     """
     count = len(run.config.seeds)
     if count < 2:
@@ -72,7 +74,7 @@ def seeds_note(run: Run, pairs: Sequence[tuple[str, str, str]], metric: str) -> 
 
 
 def draw(axes: Axes, panel: Panel, style: Style, scale: Normalize, *, labels: bool = True) -> None:
-    """One matrix with its numbers into ``axes``; cells that diverged say so, cells that were not run stay grey.
+    """Draw one matrix with its numbers into ``axes``; diverged cells say so, cells that were not run stay grey.
 
     ``labels`` adds the names of the positions and of the axes.
     """
@@ -109,25 +111,25 @@ def panels_figure(grid: Sequence[Sequence[Panel]], style: Style, *, title: str =
     """Matrices in rows and columns of one figure, with one colour scale."""
     panels = [panel for row in grid for panel in row]
     scale = style.scale([panel.matrix for panel in panels])
-    # each column of panels as wide as its widest matrix, each row as high as its highest
+    # a column of panels is as wide as its widest matrix, a row as high as its highest
     widths = [max(panel.matrix.shape[1] for panel in column) for column in zip(*grid, strict=True)]
     heights = [max(panel.matrix.shape[0] for panel in row) for row in grid]
-    # titles of neighbours must not meet
+    # titles of neighbouring panels must not overlap
     least = 5.0 if len(widths) > 1 else 0.0
-    # names of positions stand on the left, and slanted below
+    # margins for the names of positions, on the left and slanted below
     beside = max(1.5, 0.95 + 0.07 * max(len(name) for panel in panels for name in panel.sender_positions))
     below = max(1.5, 1.15 + 0.045 * max(len(name) for panel in panels for name in panel.receiver_positions))
     size = (
         0.9 + sum(max(beside + _CELL * width, least) for width in widths),
         (0.4 if title else 0) + sum(below + _CELL * height for height in heights),
     )
-    # the layout's own margin cuts what is written upwards
+    # the default margins of this layout cut rotated text
     margins = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06)
     figure = Figure(figsize=size, layout=margins)
     axes = figure.subplots(len(heights), len(widths), squeeze=False, width_ratios=widths, height_ratios=heights)
-    for row, line in zip(axes, grid, strict=True):
-        for place, panel in zip(row, line, strict=True):
-            draw(place, panel, style, scale)
+    for axes_row, panels_row in zip(axes, grid, strict=True):
+        for panel_axes, panel in zip(axes_row, panels_row, strict=True):
+            draw(panel_axes, panel, style, scale)
     bar = figure.colorbar(
         ScalarMappable(scale, style.colours()),
         ax=axes,
@@ -144,18 +146,27 @@ def panels_figure(grid: Sequence[Sequence[Panel]], style: Style, *, title: str =
     return figure
 
 
-def pair_figure(run: Run, sender: str, receiver: str, setting: str, metric: str = "accuracy") -> Figure:
+def pair_figure(run: Run, sender: str, receiver: str, setting: Setting, metric: Metric = "accuracy") -> Figure:
     """The heat map of one pair and setting; network accuracies in the title."""
     style = style_of(run, metric)
     panel = pair_panel(run, sender, receiver, setting, metric)
     return panels_figure([[panel]], style, title=seeds_note(run, [(sender, receiver, setting)], metric))
 
 
-def plot_run(run: Run, out: str | os.PathLike[str], metric: str = "accuracy") -> list[Path]:
-    """Write one heat map per pair and setting as PNG and PDF; return the PNG paths.
+def plot_run(run: Run, out: str | os.PathLike[str], metric: Metric = "accuracy") -> list[Path]:
+    """Draw one heat map per pair and setting.
 
-    Files are ``SENDER--RECEIVER.SETTING.png``, with the metric before the suffix unless it is the accuracy. Raises
-    ConfigError for a metric that the run has not.
+    Args:
+        run: the run.
+        out: folder for ``SENDER--RECEIVER.SETTING.png`` and ``.pdf``; the name of another metric than the accuracy
+            stands before the suffix.
+        metric: what the colours show.
+
+    Returns:
+        Paths of the PNG files.
+
+    Raises:
+        ConfigError: the run does not have this metric.
     """
     style_of(run, metric)
     folder = output_folder(out)
@@ -163,11 +174,11 @@ def plot_run(run: Run, out: str | os.PathLike[str], metric: str = "accuracy") ->
     for sender, receiver, setting in run.pairs():
         unit = Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
         path = folder / figure_name(unit.pair, metric)
-        paths.append(save_figure(pair_figure(run, sender, receiver, setting, metric), path))
+        paths.append(save_figure(pair_figure(run, sender, receiver, setting, metric), path, source_of("a matrix", run)))
     return paths
 
 
-def figure_name(stem: str, metric: str) -> str:
+def figure_name(stem: str, metric: Metric) -> str:
     """The name of a figure's PNG; the metric is part of it unless it is the accuracy."""
     return f"{stem}.png" if metric == "accuracy" else f"{stem}.{metric}.png"
 
@@ -177,7 +188,7 @@ def _kind(letter: str) -> str:
 
 
 def _extend(scale: Normalize, panels: Sequence[Panel]) -> str:
-    """Which ends of the colour bar have values beyond them."""
+    """Ends of the colour bar beyond which there are values, as ``extend`` of a colour bar."""
     values = np.concatenate([panel.matrix[np.isfinite(panel.matrix)] for panel in panels])
     if values.size == 0 or scale.vmin is None or scale.vmax is None:
         return "neither"

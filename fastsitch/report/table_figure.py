@@ -1,10 +1,10 @@
-"""A table of errors as a figure."""
+"""An error table as a figure."""
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from fastsitch.analysis.errors import MEASURES
-from fastsitch.analysis.tables import STATISTICS, ErrorTable, colours
+from fastsitch.analysis.error_tables import STATISTICS, ErrorTable, colours
+from fastsitch.analysis.stitch_errors import MEASURES
 
 SHADES = {"red": (0.96, 0.66, 0.62), "yellow": (1.00, 0.93, 0.62), "green": (0.74, 0.89, 0.73)}
 """Backgrounds, light enough for black text; (red, green, blue)."""
@@ -22,7 +22,7 @@ def number(value: float) -> str:
 def table_figure(table: ErrorTable) -> Figure:
     """Rows are settings, groups of columns statistics; red highest, yellow second, green lowest of EV, ES and SV."""
     columns, rows = len(STATISTICS) * len(MEASURES), len(table.entries)
-    # in units of cells: one column of settings, two lines of heads, a title above, notes below
+    # in cells: one column of settings, two rows of heads; the title above and the notes below come on top
     width, height = columns + 1, rows + 2
     figure = Figure(figsize=(_CELL * (width + 0.4), 0.3 * (height + 2.4)))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-0.2, width + 0.2), ylim=(height + 1.3, -1.1))

@@ -10,9 +10,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fastsitch.networks.blocks import Saved
-from fastsitch.networks.frozen import FrozenReceiver
-from fastsitch.networks.layout import elements, stored_size
+from fastsitch.chains.layout import elements, stored_size
+from fastsitch.receivers.contract import FrozenReceiver, Saved
 
 Fill = Callable[[int, Tensor], None]
 """fill(j, out_KBPQD): write the outputs of the stitches into position j."""
@@ -22,7 +21,7 @@ class Cascade:
     """Buffers and passes for ``counts[j]`` stitches into each receiver position j, ``images`` images each.
 
     Samples are ordered stitch by stitch, stitches by position; the batch at position j holds all stitches into
-    positions 0 ... j. On the way back gradients take the place of the activations. The same memory serves every pass.
+    positions 0 ... j. On the way back gradients overwrite the activations. All passes use the same memory.
     """
 
     def __init__(self, receiver: FrozenReceiver, counts: Sequence[int], images: int) -> None:
@@ -85,11 +84,13 @@ class Cascade:
     def _buffers(self, *, reuse: bool) -> list[Tensor]:
         """One buffer per position; with ``reuse`` every other position has the same memory."""
         receiver = self.receiver
-        room = [-(-end * self.images // receiver.micro_batch) * receiver.micro_batch for end in self.ends]
-        sizes = [samples * elements(position.rows) for samples, position in zip(room, receiver.positions, strict=True)]
+        rounded = [-(-end * self.images // receiver.micro_batch) * receiver.micro_batch for end in self.ends]
+        sizes = [
+            samples * elements(position.rows) for samples, position in zip(rounded, receiver.positions, strict=True)
+        ]
         memory = [_empty(max(sizes[first::2], default=0), receiver) for first in (range(2) if reuse else ())]
         buffers = []
-        for j, (samples, position) in enumerate(zip(room, receiver.positions, strict=True)):
+        for j, (samples, position) in enumerate(zip(rounded, receiver.positions, strict=True)):
             flat = memory[j % 2][: sizes[j]] if reuse else _empty(sizes[j], receiver)
             buffers.append(position.to_raw(flat.view(samples, *stored_size(position.rows), position.rows[0])))
         return buffers
@@ -102,10 +103,10 @@ class Cascade:
         return self.starts[j] * self.images if self.receiver.segments[j].rectifies else 0
 
     def _slots(self, batch: Tensor, j: int) -> Tensor:
-        """The part of the batch at position j that belongs to the stitches into it, as (K, B, P, Q, D)."""
+        """The samples of the batch at position j that the stitches into it write, as (K, B, P, Q, D)."""
         stitches = self.ends[j] - self.starts[j]
-        own = self.receiver.positions[j].to_rows(batch)[self.starts[j] * self.images : self._samples(j)]
-        return torch.unflatten(own, 0, (stitches, self.images))
+        rows = self.receiver.positions[j].to_rows(batch)[self.starts[j] * self.images : self._samples(j)]
+        return torch.unflatten(rows, 0, (stitches, self.images))
 
 
 def _empty(size: int, receiver: FrozenReceiver) -> Tensor:

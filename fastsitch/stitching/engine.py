@@ -2,75 +2,32 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastsitch.activations.batch import Batch
-from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.representation_batch import Batch
 from fastsitch.activations.source import Source, SourceSplit
-from fastsitch.errors import ConfigError
-from fastsitch.networks.batch_statistics import BatchStatisticsNetwork
-from fastsitch.networks.frozen import FrozenReceiver, Receiver, Statistics
-from fastsitch.stitching.bank import StitchBank
+from fastsitch.errors import ConfigError, argument
+from fastsitch.progress import Progress, Report, ignore
+from fastsitch.receivers.batch_statistics_network import BatchStatisticsNetwork
+from fastsitch.receivers.contract import FrozenReceiver, Receiver, Statistics
 from fastsitch.stitching.cascade import Cascade, cross_entropy
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.geometry import DEFAULT_RULES, Rules
 from fastsitch.stitching.matching import Matched
 from fastsitch.stitching.preconditioner import Preconditioner
-from fastsitch.stitching.recorded import RecordedStep
-from fastsitch.stitching.schedule import stitch_schedule
+from fastsitch.stitching.recipe import TrainingRecipe
+from fastsitch.stitching.recorded_step import RecordedStep
+from fastsitch.stitching.stitch_bank import StitchBank
+from fastsitch.stitching.stitch_schedule import stitch_schedule
+from fastsitch.vocabulary import Status
 
 Drawn = TypeVar("Drawn")
-
-DONE, DIVERGED = 1, 2
-"""Status of a trained cell, as exported (0 is: not run)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRecipe:
-    """How a group of stitches is trained: SGD on the sum over stitches of the mean loss over the batch."""
-
-    name: str
-    epochs: float
-    """May be fractional: the last epoch then ends early."""
-    batch_size: int
-    lr: float
-    momentum: float
-    weight_decay: float
-    optimizer: str = "sgd"
-    """``sgd``, or ``preconditioned``: SGD in whitened inputs, which needs their moments."""
-    augment: bool = False
-    """New random views of the training images in every epoch, for which the sender has to run again."""
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """What remains of a cell. Accuracy and loss are over the whole test set, NaN where the cell diverged."""
-
-    accuracy: float
-    loss: float
-    train_loss: float
-    status: int
-    weight_FD: Tensor
-    bias_D: Tensor
-    matched_error: float = float("nan")
-    """Mean squared error of the cell's matched stitch over the training images, where that was computed."""
-    statistics: Statistics = field(default_factory=dict)
-    """Running statistics of the receiver's BatchNorm layers, where each stitch has its own."""
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """Progress inside a group of ``cells``: steps done, steps in all, samples (cells x images) processed so far."""
-
-    cells: int
-    step: int
-    steps: int
-    samples: int
 
 
 def train_group(
@@ -83,7 +40,7 @@ def train_group(
     kernel: str = "torch",
     init: Mapping[Cell, Matched] | None = None,
     rules: Rules = DEFAULT_RULES,
-    report: Callable[[StepReport], None] | None = None,
+    report: Report = ignore,
 ) -> dict[Cell, CellResult]:
     """Train ``cells`` together, then evaluate them on the whole test set.
 
@@ -92,7 +49,8 @@ def train_group(
     stitch operator (``torch`` or ``triton``); ``rules`` say what shapes leave open. Cells in ``init`` start from their
     matched stitch instead of a random one; the preconditioned optimizer needs all cells in it. With a
     BatchStatisticsNetwork as receiver, BatchNorm uses batch statistics per stitch in training, and the stitch's own
-    running statistics on the test set. Raises ConfigError when there are fewer training images than one batch.
+    running statistics on the test set. ``report`` gets cells, which count in part while they are trained. Raises
+    ConfigError when there are fewer training images than one batch.
     """
     bank = stitch_bank(receiver, source, cells, kernel, rules)
     if init is not None:
@@ -101,10 +59,10 @@ def train_group(
     if recipe.optimizer == "preconditioned":
         assert init is not None, "the moments come with the matched stitches"
         preconditioner = Preconditioner(bank, init)
-    own = receiver.for_stitches(bank.counts)
-    train_loss = _train(own, source.train, bank, recipe, order, preconditioner, report)
+    passed = receiver.for_stitches(bank.counts)
+    train_loss = _train(passed, source.train, bank, recipe, order, preconditioner, report)
     # twice the training batch without what training keeps for gradients: never the larger of the two in memory
-    return group_results(own, source, bank, train_loss, init or {}, images=2 * recipe.batch_size)
+    return group_results(passed, source, bank, train_loss, init or {}, images=2 * recipe.batch_size)
 
 
 def evaluate_matched(
@@ -123,8 +81,8 @@ def evaluate_matched(
     bank = stitch_bank(receiver, source, list(matched), kernel, rules)
     _load(bank, matched)
     errors = torch.tensor([matched[cell].error for cell in bank.cells], dtype=torch.float64, device=receiver.device)
-    own = receiver.for_stitches(bank.counts)
-    return group_results(own, source, bank, errors, matched, images=images)
+    passed = receiver.for_stitches(bank.counts)
+    return group_results(passed, source, bank, errors, matched, images=images)
 
 
 def evaluate_with_statistics(
@@ -151,10 +109,10 @@ def evaluate_with_statistics(
         )
     bank = stitch_bank(receiver, source, list(stitches), kernel, rules)
     bank.load(stitches)
-    own = receiver.for_stitches(bank.counts)
+    passed = receiver.for_stitches(bank.counts)
     for k, cell in enumerate(bank.cells):
-        own.load_statistics(k, statistics[cell])
-    accuracy, loss = evaluate(own, source.test, bank, images=images)
+        passed.load_statistics(k, statistics[cell])
+    accuracy, loss = evaluate(passed, source.test, bank, images=images)
     values = torch.where(loss.isfinite(), accuracy, float("nan")).tolist()
     return dict(zip(bank.cells, values, strict=True))
 
@@ -196,7 +154,7 @@ def group_results(
             accuracy[k].item() if finite[k] else float("nan"),
             loss[k].item() if finite[k] else float("nan"),
             train_loss[k].item(),
-            DONE if finite[k] else DIVERGED,
+            Status.DONE if finite[k] else Status.DIVERGED,
             *stitches[cell],
             matched[cell].error if cell in matched else float("nan"),
             receiver.statistics(k),
@@ -212,7 +170,7 @@ def _train(
     recipe: TrainingRecipe,
     order: ImageOrder,
     preconditioner: Preconditioner | None,
-    report: Callable[[StepReport], None] | None,
+    report: Report,
 ) -> Tensor:
     """Train in place; return the mean loss of each cell over the last epoch (K,), on the device."""
     cascade = Cascade(receiver, bank.counts, recipe.batch_size)
@@ -235,7 +193,7 @@ def train_epochs(
     batches: Callable[[int], Iterable[Drawn]],
     step: Callable[[Drawn], Tensor],
     optimizer: torch.optim.Optimizer,
-    report: Callable[[StepReport], None] | None,
+    report: Report,
 ) -> Tensor:
     """Train a bank in place on so many images, whatever the loss; return its mean over the last epoch begun (K,).
 
@@ -246,10 +204,11 @@ def train_epochs(
     if steps_per_epoch == 0:
         raise ConfigError(
             f"{images} training images are fewer than one batch of {recipe.batch_size} images: "
-            f"use --batch-size {images} or less"
+            f"use {argument('batch_size', images)} or less"
         )
     schedule = stitch_schedule(recipe.name, peak=recipe.lr, epochs=recipe.epochs, steps_per_epoch=steps_per_epoch)
-    loss_sum = torch.zeros(len(bank.cells), dtype=bank.parameters.dtype, device=bank.parameters.device)
+    cells = len(bank.cells)
+    loss_sum = torch.zeros(cells, dtype=bank.parameters.dtype, device=bank.parameters.device)
     done = 0
     for epoch in range(math.ceil(schedule.steps / steps_per_epoch)):
         loss_sum.zero_()
@@ -258,8 +217,7 @@ def train_epochs(
             set_rate(optimizer, schedule.rate(done))
             loss_sum += step(drawn)
             done += 1
-            if report is not None:
-                report(StepReport(len(bank.cells), done, schedule.steps, done * recipe.batch_size * len(bank.cells)))
+            report(Progress(cells * done / schedule.steps, cells, "cells"))
     bank.refresh()
     return loss_sum / (done - begun)
 

@@ -5,27 +5,26 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastsitch.activations.alignment import CLASS_TOKENS, RESAMPLINGS, Alignment
-from fastsitch.errors import ConfigError
+from fastsitch.activations.alignment import Alignment
+from fastsitch.chains.layout import Shape as Shape
+from fastsitch.chains.layout import grid_rows, grid_size, is_vector, prefix_tokens
+from fastsitch.errors import ConfigError, argument
 from fastsitch.kernels import space_to_depth
-from fastsitch.networks.layout import Shape as Shape
-from fastsitch.networks.layout import grid_rows, grid_size, is_vector, prefix_tokens
+from fastsitch.vocabulary import ClassToken, Resample, require_choice
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a stitch does where two representations leave a choice; see the constants in activations/alignment.py."""
+    """What a stitch does where two representations leave a choice; see the words in vocabulary.py."""
 
-    resample: str = "none"
-    """One of RESAMPLINGS, for grids whose sizes are no multiples."""
-    class_token: str = "sender"
-    """One of CLASS_TOKENS, for receivers with class or register tokens."""
+    resample: Resample = "none"
+    """For grids whose sizes are no multiples."""
+    class_token: ClassToken = "sender"
+    """For receivers with class or register tokens."""
 
     def __post_init__(self) -> None:
-        if self.resample not in RESAMPLINGS:
-            raise ConfigError(f"--resample {self.resample}: expected one of {', '.join(RESAMPLINGS)}")
-        if self.class_token not in CLASS_TOKENS:
-            raise ConfigError(f"--class-token {self.class_token}: expected one of {', '.join(CLASS_TOKENS)}")
+        require_choice("resample", self.resample, Resample)
+        require_choice("class_token", self.class_token, ClassToken)
 
 
 DEFAULT_RULES = Rules()
@@ -38,7 +37,7 @@ Operand = int | Alignment
 class Geometry:
     """Sender and receiver shapes, and the ratio between them: ``down`` = k, ``up`` = u, at most one above 1.
 
-    Where the operator cannot read the sender's grid by itself, ``alignment`` brings it onto the receiver's rows first;
+    Where the operator cannot read the sender's grid by itself, ``alignment`` maps it onto the receiver's rows first;
     then ``up`` is 1.
     """
 
@@ -53,7 +52,7 @@ class Geometry:
         """The stitch from one shape to another.
 
         A vector is repeated over the receiver's grid, and a receiver that is one gets the mean over the sender's grid.
-        Otherwise sizes are multiples, or ``rules`` say how to resample; raises ConfigError where neither is so.
+        Otherwise sizes are multiples, or ``rules`` say how to resample; else raises ConfigError.
         Source: Hernandez et al. 2022, section 3 (strided convolution, 1x1 convolution, nearest upsampling).
         """
         tokens = prefix_tokens(receiver)
@@ -111,7 +110,7 @@ def stitch_inputs(x_NHWC: Tensor, sender: Shape, operand: Operand) -> Tensor:
 
 
 def _relation(sender: Shape, receiver: Shape, rules: Rules) -> tuple[str, int, int]:
-    """How the grid is brought onto the receiver's: the method of an Alignment, ratio down, ratio up."""
+    """How the grid is mapped onto the receiver's: the method of an Alignment, ratio down, ratio up."""
     (height, width), (rows, columns) = grid_size(sender), grid_size(receiver)
     if is_vector(receiver) and (height, width) != (1, 1):
         return "mean", 1, 1
@@ -125,5 +124,6 @@ def _relation(sender: Shape, receiver: Shape, rules: Rules) -> tuple[str, int, i
         return rules.resample, 1, 1
     raise ConfigError(
         f"no stitch from {height}x{width} to {rows}x{columns}: expected sizes where one is the same whole multiple "
-        "of the other in both directions; resample the sender's with --resample area or --resample bilinear"
+        f"of the other in both directions; resample the sender's with {argument('resample', 'area')} or "
+        f"{argument('resample', 'bilinear')}"
     )

@@ -12,7 +12,7 @@ RIDGE = 1e-10
 """Added to the diagonal, which is 1 once the inputs are centred and scaled."""
 
 _CONSTANT = 1e-24
-"""An input whose variance is below this share of its squared mean does not vary: what is left of it is rounding."""
+"""An input with a variance below this share of its squared mean counts as constant: the variance is rounding."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ def match(moments: Mapping[tuple[int, int], CellMoments], ridge: float = RIDGE) 
     that do not vary get weight 0. ``ridge`` is relative to the diagonal of the scaled system.
     """
     shared: dict[int, list[tuple[int, int]]] = {}
-    for cell, own in moments.items():
-        shared.setdefault(id(own.inputs), []).append(cell)
+    for cell, cell_moments in moments.items():
+        shared.setdefault(id(cell_moments.inputs), []).append(cell)
     matched: dict[tuple[int, int], Matched] = {}
     for cells in shared.values():
         cross = torch.cat([moments[cell].cross_FD for cell in cells], 1)
         weights, method = _solve(moments[cells[0]].inputs, cross, ridge)
         widths = [moments[cell].cross_FD.shape[1] for cell in cells]
         for cell, weight_FD in zip(cells, torch.split(weights, widths, 1), strict=True):
-            own, weight_FD = moments[cell], weight_FD.contiguous()
-            bias_D = own.mean_D - own.inputs.mean_F @ weight_FD
-            matched[cell] = Matched(weight_FD, bias_D, own.error(weight_FD, bias_D), method, own.inputs)
+            known, weight_FD = moments[cell], weight_FD.contiguous()
+            bias_D = known.mean_D - known.inputs.mean_F @ weight_FD
+            matched[cell] = Matched(weight_FD, bias_D, known.error(weight_FD, bias_D), method, known.inputs)
     return {cell: matched[cell] for cell in moments}
 
 

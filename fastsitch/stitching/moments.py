@@ -1,4 +1,4 @@
-"""Sufficient statistics of matching, in fp64: all that an affine stitch's squared error depends on.
+"""Sufficient statistics of matching, in fp64: all that the squared error of an affine stitch depends on.
 
 For a sender position and a ratio k let X be the inputs of the stitch's GEMM, one row per cell at the stitch's own
 resolution, or one per row of the receiver where the sender's are aligned with them first; for a receiver position let Y
@@ -8,24 +8,22 @@ before averaging. (With a 1 appended to X, X'X and X'Y hold the same.)
 The moments of the inputs at a ratio follow from those at a multiple of it, so X'X is accumulated once per position.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
 import torch
 from torch import Tensor
 
-from fastsitch.activations.ordered import OrderedSplit
+from fastsitch.activations.ordered_split import OrderedSplit
 from fastsitch.activations.source import SourceSplit
 from fastsitch.errors import ConfigError
+from fastsitch.progress import Progress, Report, ignore
 from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Operand, Rules
-from fastsitch.stitching.products import ExpectedRows, Products, chunk_images
+from fastsitch.stitching.product_sums import ExpectedRows, Products, chunk_images
 
 _STATISTICS_BYTES = 1 << 30
 """Products that are accumulated in one pass over the images; more of them take more passes."""
-
-Report = Callable[[int, int], None]
-"""report(images done, images in all)."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +93,8 @@ class SenderMoments:
     def inputs(self, i: int, operand: Operand) -> Inputs:
         if (i, operand) not in self._inputs:
             assert isinstance(operand, int)
-            known = [own for position, own in self._inputs if position == i and isinstance(own, int)]
-            multiple = min(own for own in known if own % operand == 0)
+            ratios = [known for position, known in self._inputs if position == i and isinstance(known, int)]
+            multiple = min(ratio for ratio in ratios if ratio % operand == 0)
             self.keep(i, operand, _at_smaller_ratio(self._inputs[i, multiple], multiple, operand))
         return self._inputs[i, operand]
 
@@ -107,25 +105,27 @@ class SenderMoments:
 
 def _follows(known: Iterable[tuple[int, Operand]], i: int, operand: Operand) -> bool:
     """Whether an operand at a sender position is among those known, or its ratio divides one of theirs."""
-    return any(
-        position == i and (own == operand or (isinstance(own, int) and isinstance(operand, int) and own % operand == 0))
-        for position, own in known
-    )
+    return any(position == i and (other == operand or _is_multiple(other, operand)) for position, other in known)
+
+
+def _is_multiple(operand: Operand, of: Operand) -> bool:
+    """Whether both are ratios, the first a multiple of the second."""
+    return isinstance(operand, int) and isinstance(of, int) and operand % of == 0
 
 
 def _at_smaller_ratio(inputs: Inputs, down: int, smaller: int) -> Inputs:
-    """Moments at a ratio that divides ``down``: each cell splits into parts, whose inputs are some of its own.
+    """Moments at a ratio that divides ``down``: each cell splits into smaller ones, which share its inputs.
 
-    The scatter is that within each part, a block of the given one, and that between the parts' means.
+    The scatter is that within each smaller cell, a block of the given one, and that between their means.
     """
     split = down // smaller
     index = torch.arange(len(inputs.mean_F), device=inputs.mean_F.device)
-    part = index.view(split, smaller, split, smaller, -1).transpose(1, 2).reshape(split**2, -1)
-    means = inputs.mean_F[part]
+    features = index.view(split, smaller, split, smaller, -1).transpose(1, 2).reshape(split**2, -1)
+    means = inputs.mean_F[features]
     mean_F = means.mean(0)
     scatter_FF = torch.zeros(len(mean_F), len(mean_F), dtype=mean_F.dtype, device=mean_F.device)
-    for own in part:
-        scatter_FF += inputs.scatter_FF[own[:, None], own]
+    for block in features:
+        scatter_FF += inputs.scatter_FF[block[:, None], block]
     scatter_FF.addmm_((means - mean_F).T, means - mean_F, alpha=inputs.rows)
     return Inputs(inputs.rows * split**2, mean_F, _mirrored(scatter_FF))
 
@@ -134,7 +134,7 @@ def _at_smaller_ratio(inputs: Inputs, down: int, smaller: int) -> Inputs:
 def pair_moments(
     sender: SenderMoments,
     receiver: OrderedSplit,
-    report: Report | None = None,
+    report: Report = ignore,
     cells: Collection[tuple[int, int]] | None = None,
 ) -> dict[tuple[int, int], CellMoments]:
     """The moments of every cell (i, j) of a pair, in fp64 on the sender's device.
@@ -145,24 +145,23 @@ def pair_moments(
     """
     split = sender.split
     require_same_images(split, receiver)
-    places = product(range(len(split.shapes)), range(len(receiver.shapes))) if cells is None else sorted(cells)
-    geometries = {(i, j): Geometry.between(split.shapes[i], receiver.shapes[j], sender.rules) for i, j in places}
+    pairs = product(range(len(split.shapes)), range(len(receiver.shapes))) if cells is None else sorted(cells)
+    geometries = {(i, j): Geometry.between(split.shapes[i], receiver.shapes[j], sender.rules) for i, j in pairs}
     targets = sorted({j for _, j in geometries})
     images, device = len(split.labels), split.labels.device
     step = chunk_images(device)
     moments: dict[tuple[int, int], CellMoments] = {}
-    several = list(_passes(sender, geometries))
-    for number, together in enumerate(several):
+    passes = list(_passes(sender, geometries))
+    for number, one_pass in enumerate(passes):
         expected = ExpectedRows(receiver, device, targets)
-        sizes = dict.fromkeys(size for products in together for size in products.up)
+        sizes = dict.fromkeys(size for products in one_pass for size in products.up)
         for start in range(0, images, step):
             stop = min(start + step, images)
             expected.load(start, stop, sizes)
-            for products in together:
+            for products in one_pass:
                 products.add(split.images(products.i, start, stop), expected)
-            if report is not None:
-                report(number * images + stop, len(several) * images)
-        for products in together:
+            report(Progress(number * images + stop, len(passes) * images, "images"))
+        for products in one_pass:
             products.release()
             moments |= _centred(products, sender, expected)
     return {cell: moments[cell] for cell in geometries}
@@ -181,16 +180,16 @@ def _centred(products: Products, sender: SenderMoments, expected: ExpectedRows) 
         products.cross[size].addr_(sum_F, offset, alpha=-1)
     cells = {}
     for j, geometry in products.targets.items():
-        size, own = geometry.receiver[1:], expected.columns[j]
-        offset = offset_D[size][own]
-        scatter_D = expected.squares_D[size][own] - expected.sum_D[size][own] * offset
-        cross_FD = products.cross[size][:, own].contiguous()
-        cells[i, j] = CellMoments(geometry, inputs, expected.shift_D[size][own] + offset, cross_FD, scatter_D)
+        size, columns = geometry.receiver[1:], expected.columns[j]
+        offset = offset_D[size][columns]
+        scatter_D = expected.squares_D[size][columns] - expected.sum_D[size][columns] * offset
+        cross_FD = products.cross[size][:, columns].contiguous()
+        cells[i, j] = CellMoments(geometry, inputs, expected.shift_D[size][columns] + offset, cross_FD, scatter_D)
     return cells
 
 
 def _mirrored(products_FF: Tensor) -> Tensor:
-    """Exact copies of what is above the diagonal below it, in place: symmetric to the bit."""
+    """Copy what is above the diagonal below it, in place: symmetric to the bit."""
     products_FF.triu_()
     products_FF += products_FF.triu(1).T
     return products_FF
@@ -201,22 +200,22 @@ def _passes(sender: SenderMoments, geometries: Mapping[tuple[int, int], Geometry
     targets: dict[tuple[int, Operand], dict[int, Geometry]] = {}
     for (i, j), geometry in geometries.items():
         targets.setdefault((i, geometry.operand), {})[j] = geometry
-    together: list[Products] = []
+    one_pass: list[Products] = []
     taken = 0
     accumulated: set[tuple[int, Operand]] = set()
     # the largest ratio first: the moments of the inputs at its divisors follow from it
     for (i, operand), members in sorted(targets.items(), key=lambda entry: (entry[0][0], _order(entry[0][1]))):
-        own = not sender.follows(i, operand) and not _follows(accumulated, i, operand)
+        new = not sender.follows(i, operand) and not _follows(accumulated, i, operand)
         features = next(iter(members.values())).features
-        size = 8 * features * (features * own + sum(geometry.receiver[0] for geometry in members.values()))
-        if together and taken + size > _STATISTICS_BYTES:
-            yield together
-            together, taken = [], 0
-        if own:
+        size = 8 * features * (features * new + sum(geometry.receiver[0] for geometry in members.values()))
+        if one_pass and taken + size > _STATISTICS_BYTES:
+            yield one_pass
+            one_pass, taken = [], 0
+        if new:
             accumulated.add((i, operand))
-        together.append(Products(i, operand, members, own=own, device=sender.split.labels.device))
+        one_pass.append(Products(i, operand, members, squared=new, device=sender.split.labels.device))
         taken += size
-    yield together
+    yield one_pass
 
 
 def _order(operand: Operand) -> int:
@@ -225,7 +224,7 @@ def _order(operand: Operand) -> int:
 
 
 def _at_least_0(error: float) -> float:
-    """What rounding made negative is 0; NaN stays NaN, which ``max(0.0, error)`` would hide."""
+    """0 where rounding made the error negative; NaN stays NaN, which ``max(0.0, error)`` would hide."""
     return 0.0 if error < 0 else error
 
 

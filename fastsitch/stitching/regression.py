@@ -1,28 +1,23 @@
 """Matched stitches by training: SGD on the squared error to the expected representation, the published way."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from fastsitch.activations.batch import Batch
-from fastsitch.activations.order import ImageOrder
+from fastsitch.activations.image_order import ImageOrder
+from fastsitch.activations.representation_batch import Batch
 from fastsitch.activations.source import Source
-from fastsitch.networks.frozen import FrozenNetwork
-from fastsitch.networks.layout import elements
-from fastsitch.stitching.bank import StitchBank
+from fastsitch.chains.layout import elements, index_among_equal_shapes
+from fastsitch.progress import Report, ignore
+from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell
-from fastsitch.stitching.engine import (
-    CellResult,
-    StepReport,
-    TrainingRecipe,
-    group_results,
-    stitch_bank,
-    stitch_optimizer,
-    train_epochs,
-)
+from fastsitch.stitching.engine import group_results, stitch_bank, stitch_optimizer, train_epochs
 from fastsitch.stitching.geometry import DEFAULT_RULES, Rules, Shape
 from fastsitch.stitching.moments import require_same_images
+from fastsitch.stitching.recipe import TrainingRecipe
+from fastsitch.stitching.stitch_bank import StitchBank
 
 
 def regress_group(
@@ -35,7 +30,7 @@ def regress_group(
     *,
     kernel: str = "torch",
     rules: Rules = DEFAULT_RULES,
-    report: Callable[[StepReport], None] | None = None,
+    report: Report = ignore,
 ) -> dict[Cell, CellResult]:
     """Train ``cells`` together to the receiver's own representations (``expected``), then evaluate them in it.
 
@@ -48,14 +43,20 @@ def regress_group(
     regression = Regression(bank, expected.shapes, recipe.batch_size)
     optimizer = stitch_optimizer(bank, recipe)
 
-    def draw(source: Source, epoch: int) -> Iterable[Batch]:
-        return source.train.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment)
+    def draw(source: Source, epoch: int) -> Iterator[Batch]:
+        return iter(source.train.shuffled(order, epoch, recipe.batch_size, augment=recipe.augment))
+
+    def draw_both(epoch: int) -> Iterator[tuple[Batch, Batch]]:
+        # not zip, which keeps its first tuple, and with it the first mini-batches, until it ends
+        drawn = draw(expected, epoch)
+        for batch in draw(source, epoch):
+            yield batch, next(drawn)
 
     train_loss = train_epochs(
         bank,
         recipe,
         len(source.train),
-        lambda epoch: zip(draw(source, epoch), draw(expected, epoch), strict=True),
+        draw_both,
         lambda drawn: regression.step(*drawn, optimizer),
         optimizer,
         report,
@@ -72,8 +73,7 @@ class Regression:
     def __init__(self, bank: StitchBank, shapes: Sequence[Shape], images: int) -> None:
         self._bank = bank
         self._shapes = list(shapes)
-        # a representation lies among those of the same shape
-        self._places = [self._shapes[:j].count(shape) for j, shape in enumerate(self._shapes)]
+        self._stack_index = index_among_equal_shapes(self._shapes)
         sizes = [count * images * elements(shape) for count, shape in zip(bank.counts, self._shapes, strict=True)]
         self._memory = torch.empty(max(sizes), dtype=bank.dtype, device=bank.parameters.device)
 
@@ -85,7 +85,7 @@ class Regression:
         for j, count in enumerate(bank.counts):
             if count == 0:
                 continue
-            y_BPQD = expected.values(self._shapes[j], self._places[j])
+            y_BPQD = expected.values(self._shapes[j], self._stack_index[j])
             out_KBPQD = self._memory[: count * y_BPQD.numel()].view(count, *y_BPQD.shape)
             bank.forward(j, batch, out_KBPQD)
             difference = out_KBPQD.sub_(y_BPQD)

@@ -1,4 +1,4 @@
-"""Runs the interpreter cases, each file in its own process: triton reads TRITON_INTERPRET on import."""
+"""Runs the interpreter cases, each file in a separate process: triton reads TRITON_INTERPRET on import."""
 
 import os
 import subprocess
@@ -10,10 +10,11 @@ import pytest
 FOLDER = Path(__file__).parent / "interpreter"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cases", sorted(path.name for path in FOLDER.glob("cases_*.py")))
 def test_kernels_in_the_interpreter(cases: str) -> None:
     command = [sys.executable, "-m", "pytest", str(FOLDER / cases), "-p", "no:cacheprovider"]
-    # the run's own options start worker processes and find files by another name
+    # the project's options start worker processes and look for files of another name
     options = ["-o", "addopts=--import-mode=importlib -q", "-o", "python_files=cases_*.py"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run([*command, *options], env=environment, capture_output=True, text=True)

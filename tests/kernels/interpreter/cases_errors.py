@@ -1,4 +1,4 @@
-"""Rounding: per stitch, at most twice what plain torch makes in the same dtype."""
+"""Rounding errors: per stitch at most twice those of plain torch in the same dtype."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastsitch.kernels import stitch_grad, stitch_out
-from fastsitch.kernels.choose import override_config
+from fastsitch.kernels.choose_tiles import override_config
 from fastsitch.kernels.tiles import CONFIGS, FORWARD, GRAD, TileConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -42,7 +42,7 @@ def assert_problem(p: Any) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_error(problem: Any, geometry: dict[str, int], dtype: torch.dtype) -> None:
     channels = 16 if geometry == {"down": 8} else 64
-    shape = {"size": (4, 6), "channels": channels, "receiver_channels": 48, "images": 3}
+    shape = {"size": (3, 5), "channels": channels, "receiver_channels": 48, "images": 2}
     assert_problem(problem(source=(0, 1, 1), gather=True, dtype=dtype, **shape, **geometry))
 
 

@@ -1,4 +1,4 @@
-"""What bench/gpu_kernels.py does with numbers, on small launches and without a GPU."""
+"""How bench/gpu_kernels.py judges kernels, on small launches and without a GPU."""
 
 import importlib.util
 from dataclasses import replace

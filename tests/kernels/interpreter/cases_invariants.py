@@ -1,4 +1,4 @@
-"""What must hold exactly, whatever the rounding."""
+"""Invariants that hold exactly, whatever the rounding."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsitch.kernels import choose, grouped_stitch, plan, stitch_grad, stitch_out
+from fastsitch.kernels import choose_tiles as choose
+from fastsitch.kernels import grouped_stitch, stitch_grad, stitch_out
+from fastsitch.kernels import launch_plan as plan
 from fastsitch.kernels.shapes import stitch_shape
 from fastsitch.kernels.tiles import H100
 
@@ -186,10 +188,10 @@ def test_row_tiles_walked_in_groups_reach_every_row(
 
 def far_apart(t: Tensor, stride: int) -> Tensor:
     """A copy whose second dimension is ``stride`` elements apart; memory in between is never touched."""
-    room = torch.empty(stride * (t.shape[1] - 1) + t[:, 0].numel(), dtype=t.dtype)
+    memory = torch.empty(stride * (t.shape[1] - 1) + t[:, 0].numel(), dtype=t.dtype)
     inner = t[0, 0].numel()
     strides = (inner, stride, *torch.empty(t.shape[2:]).stride())
-    copy = room.as_strided(t.shape, strides)
+    copy = memory.as_strided(t.shape, strides)
     assert t.shape[0] * inner < stride
     copy.copy_(t)
     return copy
@@ -205,8 +207,8 @@ def test_addresses_beyond_32_bits(problem: Any) -> None:
     p = problem(source=(0, 1, 0, 1), integers=True, **shape)
     p = replace(p, x=far_apart(p.x, 2**29 + 64))
     stride = 2**30
-    room = torch.empty(3 * stride + p.g[0].numel(), dtype=p.g.dtype)
-    out = room.as_strided(p.g.shape, (stride, *p.g.stride()[1:]))
+    memory = torch.empty(3 * stride + p.g[0].numel(), dtype=p.g.dtype)
+    out = memory.as_strided(p.g.shape, (stride, *p.g.stride()[1:]))
     stitch_out(*p.inputs, out, p.source, p.index, **p.geometry, kernel="triton")
     assert torch.equal(out.double(), p.y64)
     p = replace(p, g=far_apart(p.g, 2**29 + 64))

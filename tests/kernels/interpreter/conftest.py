@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastsitch.kernels import choose, plan
+from fastsitch.kernels import choose_tiles as choose
+from fastsitch.kernels import launch_plan as plan
 from fastsitch.kernels.reference import grouped_stitch_reference
 from fastsitch.kernels.tiles import FORWARD, GRAD, TileConfig
 

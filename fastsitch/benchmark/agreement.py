@@ -1,0 +1,210 @@
+"""Whether the engine and every other way of training compute the same stitches; else no speed is reported."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fastsitch.benchmark.bench_pair import BenchPair, make_bench_pair
+from fastsitch.benchmark.folded_receiver import FoldedTail
+from fastsitch.benchmark.one_by_one_peers import Stitches, geometry_of, published_way, tuned_loop
+from fastsitch.benchmark.stacked_peers import Grouped, Vmapped
+from fastsitch.benchmark.timed_engine import Engine
+from fastsitch.errors import FailedError, argument
+from fastsitch.kernels.reference import conv_weight
+from fastsitch.stitching.cells import Cell
+
+EXACT_STEPS, EXACT_WIDTH, EXACT_IMAGES = 3, 4, 8
+EXACT_BOUND = 1e-8
+"""Of the update of a cell's parameters after EXACT_STEPS in fp64: the largest error over the largest change."""
+
+ACCURACY_STEPS, ACCURACY_IMAGES = 24, 64
+"""Batches have at least so many images: with fewer, rounding alone sends some cells another way."""
+
+CELL_BOUND, MEAN_BOUND = 0.1, 0.01
+"""Difference of test accuracies after ACCURACY_STEPS in the timed precision: of one cell, and of the mean over cells.
+Rounding differs between ways of training, which amplifies it while accuracies still rise: up to 0.05 for
+single cells of narrow networks in bf16, but below 0.002 in the mean."""
+
+ENGINE, TUNED = "fastsitch", "tuned loop"
+
+_ROUNDING = 0.05
+"""A larger relative error of a convolution in bf16 is not due to rounding: 0.002 is usual."""
+
+
+def require_right_convolutions(device: torch.device) -> None:
+    """Raise FailedError where torch computes the peers' stitches wrongly in bf16.
+
+    With torch 2.14 and processors that have AMX it does, for 16 and 24 channels and kernels of 4x4 and more without
+    overlap; the engine computes stitches as matrix products.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (
+        torch.randn(size, generator=generator).to(device, torch.bfloat16) for size in ((64, 16, 32, 32), (16, 16, 4, 4))
+    )
+    true = torch.nn.functional.conv2d(x.float(), weight.float(), stride=4)
+    error = (torch.nn.functional.conv2d(x, weight, stride=4).float() - true).norm() / true.norm()
+    if not error <= _ROUNDING:
+        raise FailedError(
+            f"no speed is reported: this torch computes convolutions of 4x4 pixels in bf16 wrongly on this processor "
+            f"(by {100 * error.item():.0f} %), and the ways to compare with need them; set "
+            f"ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16, or use {argument('precision', 'fp32')}"
+        )
+
+
+class Trainer(Protocol):
+    """One way to train cells: ``run`` takes a step of all of them per batch of image indices."""
+
+    def run(self, batches: Sequence[Tensor]) -> None: ...
+    def stitches(self) -> Stitches: ...
+
+
+MakeTrainer = Callable[[BenchPair, Sequence[Cell]], Trainer]
+
+PEERS: dict[str, MakeTrainer] = {
+    TUNED: tuned_loop,
+    "published way": partial(published_way, mixed=True),
+    "published way, fp32": partial(published_way, mixed=False),
+    "torch.func vmap": Vmapped,
+    "grouped convolutions": Grouped,
+}
+"""Everything that the engine is compared with."""
+
+
+def peer_names(dtype: torch.dtype, *, everything: bool) -> list[str]:
+    """The peers to compare with in a precision: the tuned loop alone unless ``everything``."""
+    if not everything:
+        return [TUNED]
+    return [name for name in PEERS if dtype == torch.bfloat16 or name != "published way"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A peer against the engine. Errors and differences are the largest of all compared cells."""
+
+    exact_error: float
+    """After EXACT_STEPS in fp64, over the change of the parameters; all cells."""
+    accuracy: float
+    """Mean over the compared cells, in the timed precision."""
+    our_accuracy: float
+    mean_difference: float
+    largest_difference: float
+    cells: int
+
+
+def exact_errors(sender: str, receiver: str, names: Sequence[str], device: torch.device) -> dict[str, float]:
+    """Train all cells of the pair in fp64 at a small width with every peer; raises FailedError where one differs."""
+    pair = make_bench_pair(
+        sender,
+        receiver,
+        width=EXACT_WIDTH,
+        batch_size=EXACT_IMAGES,
+        images=EXACT_STEPS * EXACT_IMAGES,
+        tests=EXACT_IMAGES,
+        dtype=torch.float64,
+        device=device,
+        kernel="torch",
+    )
+    cells, batches = pair.cells, pair.batches(EXACT_STEPS)
+    engine = Engine(pair, cells)
+    before = engine.stitches()
+    engine.run(batches)
+    learned = engine.stitches()
+    found = {}
+    for name in names:
+        # autocast is for the timed precision
+        peer = published_way(pair, cells, mixed=False) if name.startswith("published") else PEERS[name](pair, cells)
+        peer.run(batches)
+        errors = {cell: _error(learned[cell], stitch, before[cell]) for cell, stitch in peer.stitches().items()}
+        worst = max(errors, key=lambda cell: _rank(errors[cell]))
+        if not errors[worst] <= EXACT_BOUND:
+            raise FailedError(
+                f"no speed is reported: after {EXACT_STEPS} steps in fp64 the stitch of cell "
+                f"({worst.i}, {worst.j}) of {sender} -> {receiver} differs from that of the {name} by "
+                f"{errors[worst]:.2e} of its change, expected at most "
+                f"{EXACT_BOUND:.0e}: the engine or this installation of torch is wrong; run the tests"
+            )
+        found[name] = errors[worst]
+    return found
+
+
+def accuracy_agreement(pair: BenchPair, exact: Mapping[str, float]) -> dict[str, Agreement]:
+    """Train from the same start in the timed precision; raises FailedError where accuracies differ too much.
+
+    The tuned loop trains all cells, and on a GPU all peers do; on a CPU the slower ones train one per sender and
+    receiver position.
+    """
+    pair = replace(pair, batch_size=max(pair.batch_size, ACCURACY_IMAGES))
+    batches = pair.batches(ACCURACY_STEPS)
+    engine = Engine(pair, pair.cells)
+    engine.run(batches)
+    expected = engine.accuracies()
+    tail = FoldedTail(pair.receiver, pair.dtype).to(pair.device)
+    found = {}
+    for name, error in exact.items():
+        cells = pair.cells if name == TUNED or pair.device.type == "cuda" else across(pair)
+        peer = PEERS[name](pair, cells)
+        peer.run(batches)
+        accuracies = {cell: _accuracy(pair, tail, cell, *stitch) for cell, stitch in peer.stitches().items()}
+        differences = {cell: abs(accuracies[cell] - expected[cell]) for cell in cells}
+        worst = max(differences, key=lambda cell: _rank(differences[cell]))
+        mean = abs(sum(accuracies[cell] - expected[cell] for cell in cells)) / len(cells)
+        if not (differences[worst] <= CELL_BOUND and mean <= MEAN_BOUND):
+            raise FailedError(
+                f"no speed is reported: after {ACCURACY_STEPS} steps in the timed precision cell "
+                f"({worst.i}, {worst.j}) has accuracy {expected[worst]:.4f}, trained by the {name} "
+                f"{accuracies[worst]:.4f} (mean difference of {len(cells)} cells {mean:.4f}), expected at most "
+                f"{CELL_BOUND} ({MEAN_BOUND} in the mean)"
+            )
+        found[name] = Agreement(
+            exact_error=error,
+            accuracy=sum(accuracies.values()) / len(cells),
+            our_accuracy=sum(expected[cell] for cell in cells) / len(cells),
+            mean_difference=mean,
+            largest_difference=differences[worst],
+            cells=len(cells),
+        )
+    return found
+
+
+def across(pair: BenchPair) -> list[Cell]:
+    """Cells along the antidiagonal: every sender position, receiver position and kind of stitch is among them."""
+    senders, receivers = len(pair.source.shapes), len(pair.frozen.positions)
+    longest = max(senders, receivers)
+    pairs = {(k * senders // longest, receivers - 1 - k * receivers // longest) for k in range(longest)}
+    return [cell for cell in pair.cells if (cell.i, cell.j) in pairs]
+
+
+def _error(engine: tuple[Tensor, Tensor], peer: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor]) -> float:
+    """The largest error of weight and bias, each over its largest change."""
+    errors = []
+    for found, expected, start in zip(engine, peer, before, strict=True):
+        change = (expected.cpu() - start).abs().max().item()
+        errors.append((found - expected.cpu()).abs().max().item() / (change or 1.0))
+    return max(errors, key=_rank)
+
+
+def _rank(value: float) -> float:
+    """NaN is the worst of all."""
+    return math.inf if math.isnan(value) else value
+
+
+@torch.no_grad()
+def _accuracy(pair: BenchPair, tail: FoldedTail, cell: Cell, weight_FD: Tensor, bias_D: Tensor) -> float:
+    """The accuracy of one stitch on all test images, computed without the engine."""
+    geometry = geometry_of(pair, cell)
+    test, shapes = pair.source.test, pair.source.shapes
+    weight = conv_weight(weight_FD.to(pair.device, pair.dtype), geometry.down)
+    index = list(shapes[: cell.i]).count(geometry.sender)
+    correct = 0
+    for start in range(0, len(test), 256):
+        x = test.stack(geometry.sender)[index, start : start + 256].permute(0, 3, 1, 2)
+        if geometry.up > 1:
+            x = torch.nn.functional.interpolate(x, scale_factor=geometry.up, mode="nearest")
+        y = torch.nn.functional.conv2d(x, weight, bias_D.to(pair.device, pair.dtype), geometry.down)
+        correct += int((tail(y, cell.j).argmax(-1) == test.labels[start : start + 256]).sum())
+    return correct / len(test)

@@ -1,0 +1,125 @@
+"""Stitches trained one at a time: the published way, and a well-tuned loop."""
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsitch.benchmark.bench_pair import BenchPair
+from fastsitch.benchmark.folded_receiver import FoldedTail
+from fastsitch.chains.layout import index_among_equal_shapes
+from fastsitch.kernels.reference import gemm_weight
+from fastsitch.networks.resnet import SmallResNet
+from fastsitch.receivers.convolution import accumulation_dtype
+from fastsitch.stitching.cells import Cell
+from fastsitch.stitching.geometry import Geometry
+from fastsitch.stitching.stitch_bank import initial_stitch
+
+LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 0.01
+
+Stitches = dict[Cell, tuple[Tensor, Tensor]]
+"""Per cell the weight (F, D) and bias (D,), as the bank has them."""
+
+
+class Stitch(nn.Module):
+    """One stitch by its definition: nearest upsampling, then a convolution. Parameters are fp32 (fp64 in fp64)."""
+
+    def __init__(self, cell: Cell, geometry: Geometry, dtype: torch.dtype) -> None:
+        super().__init__()
+        weight, bias = initial_stitch(cell, geometry)
+        self.geometry = geometry
+        self.weight = nn.Parameter(weight.to(accumulation_dtype(dtype)))
+        self.bias = nn.Parameter(bias.to(accumulation_dtype(dtype)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.geometry.up > 1:
+            x = F.interpolate(x, scale_factor=self.geometry.up, mode="nearest")
+        return F.conv2d(x, self.weight.to(x.dtype), self.bias.to(x.dtype), self.geometry.down)
+
+
+Logits = Callable[[Cell, Stitch, Tensor], Tensor]
+"""logits(cell, stitch, index of the images) -> (B, classes)."""
+
+
+class OneByOne:
+    """Every cell by itself, through autograd, with an optimizer of its own."""
+
+    def __init__(self, pair: BenchPair, cells: Sequence[Cell], logits: Logits, frozen: Sequence[nn.Module]) -> None:
+        self._labels = pair.source.train.labels
+        self._logits = logits
+        self._frozen = frozen
+        self._stitches = {cell: Stitch(cell, geometry_of(pair, cell), pair.dtype).to(pair.device) for cell in cells}
+        self._optimizers = {cell: optimizer(list(stitch.parameters())) for cell, stitch in self._stitches.items()}
+
+    @torch.enable_grad()
+    def run(self, batches: Sequence[Tensor]) -> None:
+        """One step per batch for the first cell, then for the next."""
+        for cell, stitch in self._stitches.items():
+            for index in batches:
+                loss = F.cross_entropy(self._logits(cell, stitch, index).to(stitch.weight.dtype), self._labels[index])
+                self._optimizers[cell].zero_grad(set_to_none=True)
+                for network in self._frozen:
+                    network.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                self._optimizers[cell].step()
+
+    def stitches(self) -> Stitches:
+        """What has been learned so far."""
+        return {
+            cell: (gemm_weight(stitch.weight.detach()), stitch.bias.detach()) for cell, stitch in self._stitches.items()
+        }
+
+
+def published_way(pair: BenchPair, cells: Sequence[Cell], *, mixed: bool) -> OneByOne:
+    """As in the study: images pass both networks, whose weights get gradients that nobody uses.
+
+    ``mixed`` is autocast to bf16; otherwise fp32 (fp64 for a pair in fp64).
+    """
+    sender, receiver = (_unfrozen(chain) for chain in (pair.sender, pair.receiver))
+    dtype = accumulation_dtype(pair.dtype)
+
+    def logits(cell: Cell, stitch: Stitch, index: Tensor) -> Tensor:
+        x = pair.data.normalisation.apply(pair.data.train.images[index], dtype).contiguous()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
+            for segment in list(sender.segments)[: cell.i + 1]:
+                x = segment(x)
+            return receiver.tail(stitch(x), cell.j)
+
+    return OneByOne(pair, cells, logits, [sender, receiver])
+
+
+def tuned_loop(pair: BenchPair, cells: Sequence[Cell]) -> OneByOne:
+    """A careful loop: stored representations, frozen and folded receiver, channels-last, all in the compute dtype."""
+    tail = FoldedTail(pair.receiver, pair.dtype).to(pair.device)
+
+    def logits(cell: Cell, stitch: Stitch, index: Tensor) -> Tensor:
+        logits: Tensor = tail(stitch(provided(pair, cell.i, index)), cell.j)
+        return logits
+
+    return OneByOne(pair, cells, logits, [])
+
+
+def provided(pair: BenchPair, i: int, index: Tensor) -> Tensor:
+    """The sender's representations of some training images at position i, (B, C, H, W) in channels-last memory."""
+    shapes = pair.source.shapes
+    stack = pair.source.train.stack(shapes[i])
+    return stack[index_among_equal_shapes(shapes)[i]].index_select(0, index).permute(0, 3, 1, 2)
+
+
+def geometry_of(pair: BenchPair, cell: Cell) -> Geometry:
+    """What kind of stitch a cell is."""
+    return Geometry.between(pair.source.shapes[cell.i], pair.frozen.positions[cell.j].shape)
+
+
+def optimizer(parameters: list[nn.Parameter]) -> torch.optim.SGD:
+    """That of the recipes, at a constant rate."""
+    return torch.optim.SGD(parameters, lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+
+
+def _unfrozen(chain: SmallResNet) -> SmallResNet:
+    """A copy in plain memory format whose weights want gradients, as a network has them after loading."""
+    copied = copy.deepcopy(chain).to(memory_format=torch.contiguous_format)
+    network: SmallResNet = copied.eval().requires_grad_(True)
+    return network

@@ -1,0 +1,198 @@
+"""The whole benchmark: check, then measure."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from fastsitch.benchmark.agreement import (
+    Agreement,
+    accuracy_agreement,
+    exact_errors,
+    peer_names,
+    require_right_convolutions,
+)
+from fastsitch.benchmark.bandwidth import copy_bandwidth, scratch_folder, store_speeds
+from fastsitch.benchmark.bench_config import BenchConfig
+from fastsitch.benchmark.bench_pair import BenchPair, make_bench_pair
+from fastsitch.benchmark.ceilings import Ceiling, measure_ceiling
+from fastsitch.benchmark.group_sizes import GroupMeasure, default_group_sizes, fits, measure_groups
+from fastsitch.benchmark.study_projection import Projection, project
+from fastsitch.benchmark.time_peers import PeerMeasure, time_peers
+from fastsitch.benchmark.timing_rounds import Spread
+from fastsitch.errors import FailedError, argument
+from fastsitch.machine import (
+    DTYPES,
+    configure,
+    resolve_compile,
+    resolve_device,
+    resolve_kernel,
+    resolve_precision,
+    versions,
+)
+from fastsitch.planning.machine_profile import Tuning, machine_name, save_tuning
+from fastsitch.progress import Progress, Report, ignore
+from fastsitch.root import Root
+from fastsitch.vocabulary import Compile
+
+TRAINING_STEPS, TRAIN_IMAGES, TEST_IMAGES = 48, 2048, 512
+"""The networks are trained for so many steps, so that accuracies say something; speed does not depend on it."""
+
+_AS_FAST = 0.02
+"""Group sizes that are slower than the fastest by no more than this count as equally fast; the largest is chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchResult:
+    """Everything measured; ``to_dict`` is the JSON file. Speeds are per second."""
+
+    config: BenchConfig
+    command: str
+    machine: str
+    device: str
+    threads: int
+    precision: str
+    kernel: str
+    compile: str
+    versions: dict[str, str]
+    unit: int
+    """Cells of one unit."""
+    agreements: dict[str, Agreement]
+    ceiling: Ceiling
+    bandwidths: dict[str, Spread]
+    """Bytes per second: copies in memory, the store on the disk."""
+    groups: list[GroupMeasure]
+    peers: list[PeerMeasure]
+    projection: Projection
+    tuning: Tuning | None
+    profile: str | None
+    """Where the tuning was written."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "config": self.config.to_dict()}
+
+    @property
+    def whole_unit(self) -> GroupMeasure:
+        """The measure whose groups come closest to one whole unit."""
+        return min(self.groups, key=lambda measure: abs(math.log(measure.group_size / self.unit)))
+
+
+def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: Report = ignore) -> BenchResult:
+    """Measure this machine; raises FailedError, before any speed is measured, when a check fails."""
+    torch_device = resolve_device(device)
+    configure(torch_device)
+    precision = resolve_precision(config.precision, torch_device)
+    kernel = resolve_kernel(config.kernel, torch_device)
+    compiled = resolve_compile(config.compile, torch_device)
+    dtype = DTYPES[precision]
+
+    def report_stage(what: str, done: int, total: int) -> None:
+        report(Progress(done, total, "measurements", f"bench: {what}"))
+
+    scratch = scratch_folder(root.path)
+    report_stage("check", 0, 2)
+    exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
+    if dtype == torch.bfloat16:
+        require_right_convolutions(torch_device)
+    pair = _bench_pair(config, dtype, torch_device, kernel, compiled == "on")
+    report_stage("check", 1, 2)
+    agreements = accuracy_agreement(pair, exact)
+
+    sizes = _group_sizes(pair, config)
+    counts = [sum(cell.j == j for cell in pair.cells) for j in range(len(pair.frozen.positions))]
+    report_stage("ceilings", 0, 3)
+    ceiling = measure_ceiling(pair.receiver, counts, config.batch_size, dtype, torch_device, config.repeats)
+    report_stage("ceilings", 1, 3)
+    bandwidths = {"copy": copy_bandwidth(torch_device, config.repeats)}
+    report_stage("ceilings", 2, 3)
+    bandwidths |= store_speeds(scratch, pair.frozen.positions, config.repeats)
+    groups = measure_groups(pair, sizes, config.repeats, partial(report_stage, "group sizes"))
+    peers = time_peers(pair, agreements, config.repeats, partial(report_stage, "peers")) if config.peers else []
+    report_stage("projection", 0, 1)
+    unit = len(pair.cells)
+    whole = min(groups, key=lambda measure: abs(math.log(measure.group_size / unit)))
+    projection = project(whole.fraction.median, dtype, torch_device, config.repeats)
+    tuning = _tune(pair, config, groups, precision, compiled, report_stage) if config.tune else None
+    return BenchResult(
+        config=config,
+        command=config.command(root.path, device),
+        machine=machine_name(torch_device),
+        device=torch_device.type,
+        threads=torch.get_num_threads(),
+        precision=precision,
+        kernel=kernel,
+        compile=compiled,
+        versions=versions(),
+        unit=unit,
+        agreements=agreements,
+        ceiling=ceiling,
+        bandwidths=bandwidths,
+        groups=groups,
+        peers=peers,
+        projection=projection,
+        tuning=tuning,
+        profile=None if tuning is None else str(save_tuning(root.path, torch_device, tuning)),
+    )
+
+
+def _bench_pair(
+    config: BenchConfig, dtype: torch.dtype, device: torch.device, kernel: str, compiled: bool
+) -> BenchPair:
+    return make_bench_pair(
+        config.sender,
+        config.receiver,
+        width=config.width,
+        batch_size=config.batch_size,
+        images=max(TRAIN_IMAGES, config.batch_size),
+        tests=TEST_IMAGES,
+        dtype=dtype,
+        device=device,
+        kernel=kernel,
+        compiled=compiled,
+        training_steps=TRAINING_STEPS,
+    )
+
+
+def _group_sizes(pair: BenchPair, config: BenchConfig) -> list[int]:
+    sizes = sorted(set(config.group_sizes)) or default_group_sizes(pair)
+    if not fits(pair, sizes):
+        raise FailedError(
+            f"{argument('group_sizes', sizes)}: groups of all these sizes do not fit into memory together; "
+            "use smaller ones, or measure them in several runs"
+        )
+    return sizes
+
+
+def _tune(
+    pair: BenchPair,
+    config: BenchConfig,
+    groups: list[GroupMeasure],
+    precision: str,
+    compiled: Compile,
+    report_stage: Callable[[str, int, int], None],
+) -> Tuning:
+    """The fastest group size and, with CUDA, whether to compile: both were measured on one machine in one process."""
+    rates = {str(measure.group_size): measure.rate.median for measure in groups}
+    fastest = max(measure.rate.median for measure in groups)
+    best = max(
+        (measure for measure in groups if measure.rate.median >= (1 - _AS_FAST) * fastest),
+        key=lambda measure: measure.group_size,
+    )
+    choice: Compile = compiled
+    if pair.device.type == "cuda":
+        other: Compile = "off" if compiled == "on" else "on"
+        changed = _bench_pair(config, pair.dtype, pair.device, pair.kernel, other == "on")
+        again = measure_groups(changed, [best.group_size], config.repeats, partial(report_stage, f"compile {other}"))[0]
+        rates[f"compile {compiled}"], rates[f"compile {other}"] = best.rate.median, again.rate.median
+        choice = other if again.rate.median > best.rate.median else compiled
+    return Tuning(
+        width=config.width,
+        batch_size=config.batch_size,
+        precision=precision,
+        group_size=best.group_size,
+        compile=choice,
+        rates=rates,
+    )

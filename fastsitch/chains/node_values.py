@@ -1,0 +1,62 @@
+"""What a traced network computes at every node when it runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastsitch.chains.trace import Trace, first_line
+from fastsitch.errors import NetworkError
+
+SIZES = (2, 3)
+"""Numbers of images that a network is run on: sizes that depend on the batch then differ, others do not."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def run_model(model: nn.Module, x: Tensor) -> Tensor:
+    """Logits of some images."""
+    try:
+        logits = model(x)
+    # a network's own code: it may raise anything
+    except Exception as error:
+        raise NetworkError(
+            f"cannot cut a {type(model).__name__}: it does not run on images {tuple(x.shape[1:])} "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise NetworkError(f"cannot cut a {type(model).__name__}: expected logits (B, classes), found {found}")
+    return logits
+
+
+def node_values(trace: Trace, x: Tensor) -> dict[fx.Node, Any]:
+    """What every node of a graph gives for some images: tensors by shape and dtype, everything else as it is."""
+    recorder = _Recorder(trace)
+    recorder.run(x)
+    return recorder.found
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, trace: Trace) -> None:
+        super().__init__(fx.GraphModule(trace.root, trace.graph))
+        self.found: dict[fx.Node, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.found[n] = _described(value)
+        return value
+
+
+def _described(value: Any) -> Any:
+    """The same inside tuples and lists, which become tuples."""
+    if isinstance(value, Tensor):
+        return TensorSpec(tuple(value.shape), value.dtype)
+    return tuple(_described(item) for item in value) if isinstance(value, list | tuple) else value

@@ -1,0 +1,141 @@
+"""A sweep before it begins: what cannot work is refused, and what ``auto`` chose is frozen into the run."""
+
+import logging
+from pathlib import Path
+
+from fastsitch.activations.precompute import open_fitting, store_identity
+from fastsitch.chains.vet_chain import require_gradients
+from fastsitch.data import load_dataset
+from fastsitch.errors import NetworkError
+from fastsitch.machine import DTYPES, available_memory, configure, resolve_device, resolve_precision
+from fastsitch.network_names import NetworkName
+from fastsitch.networks.checkpoint import namesake, read_record
+from fastsitch.networks.network_definition import require_defined
+from fastsitch.planning.group_memory import memory_budget
+from fastsitch.planning.resolve_auto import resolve
+from fastsitch.planning.source_rates import choose_measured
+from fastsitch.root import Root
+from fastsitch.runs.continue_run import require_same_device, require_same_run
+from fastsitch.runs.run import Run
+from fastsitch.runs.run_record import Resolved, RunRecord
+from fastsitch.runs.sweep_config import SweepConfig
+from fastsitch.runs.sweep_plan import SweepPlan
+from fastsitch.runs.workbench import Networks, Workbench
+from fastsitch.suggested_command import command
+
+log = logging.getLogger(__name__)
+
+
+class Preparation:
+    """A sweep on the machine that trains it: device, images and networks, and what ``auto`` means there.
+
+    Raises what :func:`fastsitch.sweep` raises, before any work begins. ``workers`` share the memory of the machine.
+    """
+
+    def __init__(self, root: Root, config: SweepConfig, *, device: str, memory: str, workers: int = 1) -> None:
+        self._root = root
+        self._config = config
+        self._memory = memory
+        self._workers = workers
+        self._device = resolve_device(device)
+        # what is wrong is said even where a run that exists needs no budget
+        memory_budget(memory, available_memory(self._device), self._device.type)
+        configure(self._device)
+        self._dataset = load_dataset(config.dataset, root.data_dir)
+        config.require_one_batch(len(self._dataset.train))
+        self._networks = Networks(root, self._dataset)
+        self._inputs = {network: self._networks.describe(network, self._device) for network in config.networks}
+        self._plan = SweepPlan(config, {name: network.positions for name, network in self._inputs.items()})
+        self._plan.require_stitches()
+        self._require_gradients()
+
+    def existing(self, path: Path) -> Run | None:
+        """The run at ``path``, if there is one, of which the stores that are there can be used."""
+        config = self._config
+        run = self._existing_run(path)
+        source = "live" if config.augments else config.source if run is None else run.resolved.source
+        if source != "live":
+            self._check_stores()
+        return run
+
+    def begin(self, path: Path) -> Workbench:
+        """The run at ``path``, created where there is none, and what it works with. The caller holds its lock."""
+        run = self._existing_run(path)
+        if run is None:
+            run = self._new_run(path)
+        else:
+            run.note_versions()
+        log.info("run %s: %s", run.name, _describe(run.resolved))
+        return Workbench(self._root, run, self._networks, self._device)
+
+    def _existing_run(self, path: Path) -> Run | None:
+        """The run at ``path``, if there is one; raises RunError when it is not the one asked for."""
+        if not (path / "run.json").is_file():
+            return None
+        run = Run.open(path)
+        require_same_run(run, self._config, self._inputs, self._dataset.hash)
+        require_same_device(run, self._device)
+        return run
+
+    def _new_run(self, path: Path) -> Run:
+        """Create the run, with everything that ``auto`` chooses on this machine frozen into it."""
+        device = self._device
+        budget = memory_budget(self._memory, available_memory(device) // self._workers, device.type)
+        source = choose_measured(
+            self._root,
+            self._plan,
+            self._dataset,
+            self._networks.load,
+            dtype=DTYPES[resolve_precision(self._config.precision, device)],
+            device=device,
+            budget=budget,
+        )
+        log.info("source %s", source.reason)
+        resolved = resolve(self._root.path, self._plan, source, device, memory=self._memory, budget=budget)
+        return Run.create(
+            path,
+            RunRecord(config=self._config, resolved=resolved, networks=self._inputs, data_hash=self._dataset.hash),
+        )
+
+    def _require_gradients(self) -> None:
+        """Refuse a receiver without a gradient where stitches are to be trained into it."""
+        if self._config.loss != "task":
+            return
+        for name in dict.fromkeys(unit.receiver_network for unit in self._plan.units):
+            if not name.built_in:
+                units = [unit for unit in self._plan.units if unit.receiver_network == name]
+                positions = sorted({cell.j for unit in units for cell in self._plan.cells(unit)})
+                require_gradients(self._networks.load(name).chain, positions, str(name))
+
+    def _check_stores(self) -> None:
+        """Refuse a store that is stale, damaged or of other samples before any work begins, not when its turn comes."""
+        for name in self._config.stored_networks(self._config.units):
+            path = self._root.store(self._config.dataset, name)
+            if path.exists():
+                network = self._networks.load(name)
+                identity = store_identity(self._dataset, network, dtype="bf16", compress="none", device=self._device)
+                open_fitting(path, identity, self._dataset, content_only=True)
+
+
+def require_networks(root: Root, config: SweepConfig) -> None:
+    """Raise NetworkError with the exact command line when a network of the sweep was never trained."""
+    folder = root.models(config.dataset)
+    for name in config.networks:
+        if name.random:
+            # refuses controls that would be ambiguous
+            namesake(folder, name)
+    trained = map(NetworkName.parse, (*config.senders, *config.receivers))
+    names = sorted({name for name in trained if read_record(folder, name) is None})
+    if names:
+        require_defined(root, config.dataset, names)
+        line = command("train", *names, dataset=config.dataset, root=root.path)
+        raise NetworkError(
+            f"not trained yet on {config.dataset}: {', '.join(map(str, names))}; train first with\n  {line}"
+        )
+
+
+def _describe(resolved: Resolved) -> str:
+    return (
+        f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, compile {resolved.compile}, "
+        f"groups of up to {resolved.group_size} cells, {resolved.source} representations"
+    )

@@ -1,0 +1,246 @@
+"""What an added network is: where its module comes from, where it is cut, and what it sees of an image."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from fastsitch.chains.chain import Chain
+from fastsitch.chains.chain_flops import chain_flops
+from fastsitch.chains.layout import Layout
+from fastsitch.chains.position import Position
+from fastsitch.chains.vet_chain import gradient_faults
+from fastsitch.checked_files import DamagedFile, read_json, with_hash
+from fastsitch.data import Normalisation
+from fastsitch.errors import ConfigError, NetworkError, argument
+from fastsitch.files import write_json
+from fastsitch.network_names import NetworkName
+from fastsitch.networks.model_source import ModelSource, foreign_code
+from fastsitch.root import Root
+from fastsitch.typed_fields import typed
+
+log = logging.getLogger(__name__)
+
+_FORMAT = 1
+
+_ADD_AGAIN = f"add the network again with {argument('force', True)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Definition:
+    """An added network without its weights; ``to_dict`` is what files hold."""
+
+    source: ModelSource
+    classes: int
+    """Outputs of the network."""
+    input_shape: tuple[int, int, int]
+    """Channels, height, width that it is built for."""
+    normalisation: Normalisation | None
+    """Its own mean and standard deviation of pixels in [0, 1]; None: those of the data set."""
+    positions: tuple[Position, ...]
+    flops: tuple[float, ...]
+    """Forward FLOPs per image of every segment, then of the head."""
+    draws_weights: bool = True
+    """Whether its code draws its weights anew for every seed; False where it brings weights along, as trained ones."""
+
+    def to_dict(self) -> dict[str, Any]:
+        positions = [position.to_dict() for position in self.positions]
+        content = {
+            **asdict(self),
+            "source": self.source.to_dict(),
+            "positions": [{**entry, "shape": list(entry["shape"])} for entry in positions],
+        }
+        if self.draws_weights:
+            # as in definitions that were made before there were others
+            del content["draws_weights"]
+        return content
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "Definition":
+        """The inverse of :meth:`to_dict`; raises KeyError or TypeError, or NetworkError."""
+        given = content["normalisation"]
+        channels, height, width = content["input_shape"]
+        return typed(
+            cls(
+                source=ModelSource.from_dict(content["source"]),
+                classes=content["classes"],
+                input_shape=(channels, height, width),
+                normalisation=None if given is None else Normalisation(tuple(given["mean"]), tuple(given["std"])),
+                positions=tuple(Position.from_dict(entry) for entry in content["positions"]),
+                flops=tuple(content["flops"]),
+                draws_weights=content.get("draws_weights", True),
+            )
+        )
+
+    @property
+    def width(self) -> int:
+        """Channels at the first position, as of the small ResNets."""
+        return self.positions[0].rows[0]
+
+    def build(self, key: Any = 0) -> nn.Module:
+        """The module with the weights that its own code draws with this seed; see :meth:`ModelSource.build`."""
+        return self.source.build(self.classes, self.input_shape, key)
+
+    def cut(self, module: nn.Module) -> Chain:
+        """The chain of a module that :meth:`build` made; raises NetworkError when its positions are no longer these."""
+        layouts = {position.name: position.kind for position in self.positions}
+        with foreign_code(self.source.text), _naming(self.source.text):
+            chain = _chain(module, self.input_shape, list(layouts), layouts)
+        if [cut.to_dict() for cut in chain.positions] != [recorded.to_dict() for recorded in self.positions]:
+            raise NetworkError(
+                f"{self.source.text} has changed since it was added: it has positions "
+                f"{_listed(chain.positions)}, expected {_listed(self.positions)}; {_ADD_AGAIN}"
+            )
+        return chain
+
+
+def define(
+    source: ModelSource,
+    *,
+    classes: int,
+    input_shape: tuple[int, int, int],
+    normalisation: Normalisation | None = None,
+    positions: Sequence[str] | str | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> Definition:
+    """Build a network and find its positions and FLOPs; positions and layouts are those of :meth:`Chain.from_module`.
+
+    Raises NetworkError when it cannot be built, run or cut, or does not have one output per class.
+    """
+    module = source.build(classes, input_shape)
+    if isinstance(module, Chain) and positions is not None:
+        raise ConfigError(
+            f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
+        )
+    with foreign_code(source.text), _naming(source.text), torch.no_grad():
+        chain = _chain(module, input_shape, positions, layouts)
+        logits = chain(torch.zeros(2, *input_shape))
+    if logits.shape != (2, classes):
+        raise NetworkError(
+            f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one per class"
+        )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
+    wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    if wrong:
+        raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong[0]}): expected finite ones")
+    definition = Definition(
+        source=source.with_neighbours(),
+        classes=classes,
+        input_shape=input_shape,
+        normalisation=normalisation,
+        positions=tuple(chain.positions),
+        flops=chain_flops(chain),
+        draws_weights=_differ_with_the_seed(source.text, module, source.build(classes, input_shape, 1)),
+    )
+    without, zero = gradient_faults(chain, range(len(chain.positions)))
+    if without:
+        log.warning("%s: no gradient gets to %s: no receiver positions", source.text, ", ".join(without))
+    if zero:
+        log.warning("%s: the gradient at %s is zero: stitches there cannot learn", source.text, ", ".join(zero))
+    # exactly as it comes back from a file
+    return Definition.from_dict(definition.to_dict())
+
+
+def read_definition(folder: Path, architecture: str) -> Definition | None:
+    """The definition of an added network, None when there is none; raises NetworkError when its file is damaged."""
+    path = folder / f"{architecture}.json"
+    if path.exists() and not path.is_file():
+        raise NetworkError(f"{path} is no regular file: expected the definition of a network; remove it")
+    try:
+        content = read_json(path, "definition_hash")
+        if content["format"] != _FORMAT:
+            raise NetworkError(f"{path} has format {content['format']}: expected {_FORMAT}; {_ADD_AGAIN}")
+        if content["name"] != architecture:
+            raise NetworkError(f"{path} defines {content['name']}: expected {architecture}; {_ADD_AGAIN}")
+        return Definition.from_dict(content["definition"])
+    except FileNotFoundError:
+        return None
+    except (DamagedFile, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NetworkError(f"cannot read {path} as the definition of a network ({error}): {_ADD_AGAIN}") from None
+
+
+def defined_for(folder: Path, architecture: str) -> str | None:
+    """The data set that a network was added for; version 0.1 did not write it. Raises what reading the file raises."""
+    dataset = read_json(folder / f"{architecture}.json", "definition_hash").get("dataset")
+    return dataset if isinstance(dataset, str) else None
+
+
+def write_definition(folder: Path, architecture: str, definition: Definition, dataset: str) -> None:
+    """Write a definition, and the data set that it is for, atomically."""
+    content = {"format": _FORMAT, "name": architecture, "dataset": dataset, "definition": definition.to_dict()}
+    write_json(folder / f"{architecture}.json", with_hash(content, "definition_hash"))
+
+
+def require_definition(folder: Path, architecture: str) -> Definition:
+    """The definition of an added network; raises NetworkError that lists the names that there are."""
+    definition = read_definition(folder, architecture)
+    if definition is None:
+        known = ", ".join(sorted(path.stem for path in folder.glob("*.json"))) or "none"
+        raise NetworkError(
+            f"unknown network {architecture!r}: expected R1111 ... R2222, ResNet18, ResNet34, or one that was added "
+            f"for {folder.name} ({known}); add it with fastsitch add {architecture} --from torchvision:NAME, timm:NAME "
+            "or FILE.py:FACTORY"
+        )
+    return definition
+
+
+def require_defined(root: Root, dataset: str, names: Iterable[NetworkName]) -> None:
+    """Raise NetworkError when one of these networks is neither built in nor added to the data set."""
+    for name in names:
+        if not name.built_in:
+            require_definition(root.networks(dataset), name.architecture)
+
+
+def _differ_with_the_seed(name: str, module: nn.Module, other: nn.Module) -> bool:
+    """Whether most weights of two modules that the same code made with two seeds differ.
+
+    Weights that are all the same, such as those of a normalisation, do not count: they are so in every new network.
+    """
+    same, different, names = 0, 0, []
+    with torch.no_grad():
+        for (path, one), two in zip(module.named_parameters(), other.parameters(), strict=True):
+            if one.numel() < 2 or (one == one.flatten()[0]).all():
+                continue
+            if torch.equal(one, two):
+                same += one.numel()
+                names.append(path)
+            else:
+                different += one.numel()
+    if same > different:
+        log.warning("%s brings its weights along: it counts as trained, and has no untrained control", name)
+        return False
+    if names:
+        log.warning("%s: %s do not depend on the seed, nor will they in an untrained control", name, ", ".join(names))
+    return True
+
+
+def _chain(
+    module: nn.Module,
+    input_shape: tuple[int, int, int],
+    positions: Sequence[str] | str | None,
+    layouts: Mapping[str, Layout] | None,
+) -> Chain:
+    # all values differ, so that nothing cancels where the segments are compared with the whole network
+    example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
+    return Chain.from_module(module, example, positions, layouts)
+
+
+@contextmanager
+def _naming(source: str) -> Iterator[None]:
+    """Begin what is said of a network with where it comes from."""
+    try:
+        yield
+    except NetworkError as error:
+        raise NetworkError(f"{source}: {error.message}") from error
+
+
+def _listed(positions: Sequence[Position]) -> str:
+    return ", ".join(f"{position.name} {position.shape}" for position in positions)

@@ -1,1 +1,0 @@
-"""The whole of Hernandez et al. 2022 as one resumable computation."""

@@ -1,0 +1,129 @@
+"""Frozen segments and heads: those of the small ResNets without autograd, all others with it."""
+
+import copy
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
+from fastsitch.receivers.contract import FrozenHead, FrozenSegment, Saved
+from fastsitch.receivers.convolution import accumulation_dtype, convolve, folded, input_gradient
+from fastsitch.receivers.relu_mask import apply_mask, mask_bytes, pack_mask
+from fastsitch.receivers.residual_block import FrozenBlock, micro_batches, write_gradient
+
+_POOLED_IMAGES = 256
+"""Samples per mean over the last position."""
+
+
+class _FrozenStem:
+    rectifies = False
+    keeps_input = False
+
+    def __init__(self, stem: Stem, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight, bias = folded(stem.conv, stem.bn, dtype, device)
+        self.bias = bias.to(device, dtype)
+
+    def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
+        for chunk in micro_batches(x, out, samples):
+            torch.clamp_min(convolve(x[chunk], self.weight, self.bias, 1), 0, out=out[chunk])
+
+    def memory(self, out: Tensor) -> Saved:
+        return [torch.empty(out.shape[0], mask_bytes(out[0].numel()), dtype=torch.uint8, device=out.device)]
+
+    def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
+        (mask,) = saved
+        self.infer(x, out, samples)
+        for chunk in micro_batches(x, out, samples):
+            mask[chunk] = pack_mask(out[chunk])
+
+    def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
+        (mask,) = saved
+        for chunk in micro_batches(x, g, samples):
+            masked = apply_mask(g[chunk], mask[chunk])
+            write_gradient(x[chunk], input_gradient(masked, x[chunk], self.weight, 1), rectified - chunk.start)
+
+
+class _AutogradSegment:
+    """Any other segment: a frozen copy, differentiated by autograd."""
+
+    rectifies = False
+    keeps_input = True
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.module = frozen_copy(module, dtype, device)
+
+    def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
+        with torch.no_grad():
+            out[:samples].copy_(self.module(x[:samples]))
+
+    def memory(self, out: Tensor) -> Saved:
+        return []
+
+    def forward(self, x: Tensor, out: Tensor, saved: Saved, samples: int) -> None:
+        with torch.enable_grad():
+            leaf = x[:samples].detach().requires_grad_()
+            y = self.module(leaf)
+        out[:samples].copy_(y.detach())
+        saved[:] = [leaf, y]
+
+    def backward(self, g: Tensor, x: Tensor, saved: Saved, samples: int, rectified: int) -> None:
+        leaf, y = saved
+        saved.clear()
+        write_gradient(x[:samples], torch.autograd.grad(y, leaf, g[:samples])[0], rectified)
+
+
+class _FrozenClassifier:
+    def __init__(self, head: Classifier, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = accumulation_dtype(dtype)
+        self.weight = head.linear.weight.detach().to(device, self.dtype, copy=True)
+        self.bias = head.linear.bias.detach().to(device, self.dtype, copy=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # a mean in another dtype first copies what it reads: no more than fits into the cache at a time
+        pooled = [images.mean((2, 3), dtype=self.dtype) for images in torch.split(x, _POOLED_IMAGES)]
+        return F.linear(torch.cat(pooled), self.weight, self.bias)
+
+    def backward(self, g: Tensor, x: Tensor, rectified: int) -> None:
+        pooled = (g @ self.weight) / (x.shape[2] * x.shape[3])
+        write_gradient(x, pooled.to(x.dtype)[:, :, None, None].expand_as(x), rectified)
+
+
+class _AutogradHead:
+    def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = accumulation_dtype(dtype)
+        self.module = frozen_copy(module, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return cast(Tensor, self.module(x)).to(self.dtype)
+
+    def backward(self, g: Tensor, x: Tensor, rectified: int) -> None:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            logits = self.module(leaf)
+        write_gradient(x, torch.autograd.grad(logits, leaf, g.to(logits.dtype))[0], rectified)
+
+
+def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """A copy of a module in eval mode, all of it in ``dtype``, that needs no gradients."""
+    frozen = copy.deepcopy(module).to(device, dtype)
+    frozen.eval()
+    return frozen.requires_grad_(False)
+
+
+def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:
+    """A segment with BatchNorm folded in, or a frozen copy that runs through autograd."""
+    if isinstance(segment, Stem):
+        return _FrozenStem(segment, dtype, device)
+    if isinstance(segment, BasicBlock):
+        return FrozenBlock(segment, dtype, device)
+    return _AutogradSegment(segment, dtype, device)
+
+
+def freeze_head(head: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenHead:
+    """A frozen head."""
+    return (
+        _FrozenClassifier(head, dtype, device) if isinstance(head, Classifier) else _AutogradHead(head, dtype, device)
+    )

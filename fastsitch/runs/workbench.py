@@ -1,0 +1,115 @@
+"""A run that is opened for work: its data set, its networks and their representations, on one device."""
+
+import torch
+
+from fastsitch.activations.representations import Representations
+from fastsitch.chains.chain import Chain
+from fastsitch.data import Dataset, Transform, load_dataset
+from fastsitch.errors import RunError, argument
+from fastsitch.machine import DTYPES
+from fastsitch.network_names import NetworkName
+from fastsitch.networks.checkpoint import Network, load_network, require_fit
+from fastsitch.networks.train_network import evaluate_network
+from fastsitch.receivers.batch_statistics_network import BatchStatisticsNetwork
+from fastsitch.receivers.compiled_blocks import compile_blocks
+from fastsitch.receivers.contract import Receiver
+from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.root import Root
+from fastsitch.runs.continue_run import require_same_data
+from fastsitch.runs.run import Run
+from fastsitch.runs.run_record import NetworkInput
+from fastsitch.vocabulary import SourceName
+
+
+class Networks:
+    """Networks of one data set, each loaded once. Those of a ``run`` have to be the ones that it began with."""
+
+    def __init__(self, root: Root, dataset: Dataset, run: Run | None = None) -> None:
+        self.dataset = dataset
+        self._folder = root.models(dataset.name)
+        self._run = run
+        self._loaded: dict[NetworkName, Network] = {}
+
+    def load(self, name: NetworkName) -> Network:
+        """A network in memory; raises NetworkError, or RunError where it is not what the run began with."""
+        if name not in self._loaded:
+            network = load_network(self._folder, name)
+            require_fit(network.record, self.dataset)
+            self._require_same(name, network)
+            self._loaded[name] = network
+        return self._loaded[name]
+
+    def _require_same(self, name: NetworkName, network: Network) -> None:
+        recorded = None if self._run is None else self._run.networks.get(name)
+        if self._run is not None and recorded is not None and network.record.weights_hash != recorded.weights_hash:
+            raise RunError(
+                f"{name} is not what run {self._run.name!r} began with: it was trained again, or this machine builds "
+                f"it otherwise; use another {argument('run')} name, or the same versions everywhere"
+            )
+
+    def describe(self, name: NetworkName, device: torch.device) -> NetworkInput:
+        """What a run records; the accuracy of an untrained control is measured here."""
+        record, chain = self.load(name).record, self.load(name).chain
+        accuracy = record.accuracy
+        if accuracy is None:
+            accuracy, _ = evaluate_network(chain.to(device), self.dataset.test.to(device), record.transform)
+            chain.cpu()
+        size = self.dataset.input_shape[1:]
+        transform, usual = (x.to_dict(size) for x in (record.transform, Transform(self.dataset.normalisation)))
+        return NetworkInput(
+            weights_hash=record.weights_hash,
+            width=record.width,
+            accuracy=accuracy,
+            positions=tuple((position.name, position.rows) for position in chain.positions),
+            transform=None if transform == usual else transform,
+        )
+
+
+class Workbench:
+    """What training, measuring and generating images need of a run.
+
+    ``source`` is where representations come from, if not from the one that is frozen into the run.
+    """
+
+    def __init__(
+        self, root: Root, run: Run, networks: Networks, device: torch.device, source: SourceName | None = None
+    ) -> None:
+        self.root = root
+        self.run = run
+        self.networks = networks
+        self.source = source or run.resolved.source
+        self.dataset = networks.dataset
+        self.device = device
+        self.dtype = DTYPES[run.resolved.precision]
+        self.representations = Representations(
+            root,
+            self.dataset,
+            networks.load,
+            source=self.source,
+            dtype=self.dtype,
+            device=device,
+        )
+        self._receivers: dict[NetworkName, Receiver] = {}
+
+    @classmethod
+    def open(cls, root: Root, run: Run, device: torch.device, source: SourceName | None = None) -> "Workbench":
+        """Load the run's data set; raises DataError, or RunError where it is not the one that the run began with."""
+        dataset = load_dataset(run.config.dataset, root.data_dir)
+        require_same_data(run, dataset.hash)
+        return cls(root, run, Networks(root, dataset, run), device, source)
+
+    def receiver(self, name: NetworkName) -> Receiver:
+        """A network as the run's stitches see it when they are trained; made once."""
+        if name not in self._receivers:
+            chain = self.networks.load(name).chain
+            self._receivers[name] = (
+                BatchStatisticsNetwork(chain, dtype=self.dtype, device=self.device)
+                if self.run.config.receiver_bn == "batch"
+                else self.freeze(chain)
+            )
+        return self._receivers[name]
+
+    def freeze(self, chain: Chain) -> FrozenNetwork:
+        """A chain in the run's precision, compiled where the run is."""
+        network = FrozenNetwork(chain, dtype=self.dtype, device=self.device)
+        return compile_blocks(network) if self.run.resolved.compile == "on" else network

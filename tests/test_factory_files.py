@@ -1,0 +1,117 @@
+"""Factories that import files beside them."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastsitch
+from fastsitch.data import Dataset
+from fastsitch.errors import NetworkError
+from tests.conftest import save_npz
+
+NETWORK = """
+from blocks import CHANNELS
+import parts.head
+from bare.scale import scale
+
+def network(classes):
+    from torch import nn
+    import late
+    late.touched = True
+    return nn.Sequential(nn.Conv2d(3, CHANNELS, 4, stride=4), nn.ReLU(), *parts.head.head(CHANNELS * scale, classes))
+"""
+
+HEAD = """
+from torch import nn
+from . import pool
+
+def head(channels, classes):
+    return [nn.Conv2d(channels, channels, 3), nn.ReLU(), pool.pool(), nn.Flatten(), nn.Linear(channels, classes)]
+"""
+
+
+def project(folder: Path, channels: int) -> str:
+    """A file with a factory whose layers come from a module, a package and a folder beside it."""
+    files = {
+        "network.py": NETWORK,
+        "blocks.py": f"CHANNELS = {channels}\n",
+        "late.py": "",
+        "unused.py": "raise RuntimeError\n",
+        "parts/__init__.py": "",
+        "parts/head.py": HEAD,
+        "parts/pool.py": "from torch import nn\npool = lambda: nn.AdaptiveAvgPool2d(1)\n",
+        "bare/scale.py": "scale = 1\n",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return f"{folder / 'network.py'}:network"
+
+
+@pytest.fixture
+def few(fashion: Dataset, tmp_path: Path) -> str:
+    save_npz(tmp_path / "few.npz", fashion.train, fashion.test, 160, 64)
+    return f"npz:{tmp_path / 'few.npz'}"
+
+
+def test_files_beside_a_factory_are_imported_recorded_and_watched(few: str, tmp_path: Path) -> None:
+    modules, path = dict(sys.modules), list(sys.path)
+    root = tmp_path / "root"
+    for channels in (4, 6):
+        # equal files of equal names in two folders, which differ in one neighbour
+        fastsitch.add(f"net{channels}", project(tmp_path / str(channels), channels), dataset=few, root=root)
+    definitions = {
+        name: json.loads(next(root.glob(f"networks/*/{name}.json")).read_text()) for name in ("net4", "net6")
+    }
+    for channels in (4, 6):
+        definition = definitions[f"net{channels}"]["definition"]
+        assert definition["positions"][0]["shape"] == [channels, 8, 8]
+        assert set(definition["source"]["neighbours"]) == {
+            "blocks.py",
+            "late.py",
+            "bare/scale.py",
+            "parts/__init__.py",
+            "parts/head.py",
+            "parts/pool.py",
+        }
+    # nothing of it stays where others would find it, nor beside the files
+    assert sys.path == path
+    assert not {"blocks", "parts", "parts.head", "late", "bare"} & set(sys.modules)
+    assert all(sys.modules[name] is module for name, module in modules.items())
+    assert not list(tmp_path.rglob("__pycache__"))
+
+    fastsitch.train("net4", dataset=few, epochs=1, root=root)
+    (tmp_path / "4" / "unused.py").write_text("")
+    fastsitch.precompute("net4", dataset=few, root=root)
+    changed = tmp_path / "4" / "parts" / "pool.py"
+    changed.write_text(changed.read_text().replace("Avg", "Max"))
+    with pytest.raises(NetworkError, match=r"parts/pool\.py has changed since the network was added .* force=True"):
+        fastsitch.precompute("net4", dataset=few, root=root, force=True)
+    changed.unlink()
+    with pytest.raises(NetworkError, match=r"parts/pool\.py has changed since the network was added \(it is gone\)"):
+        fastsitch.sweep("net4", "net4", dataset=few, batch_size=32, root=root)
+
+
+def test_a_changed_neighbour_counts_within_one_process(few: str, tmp_path: Path) -> None:
+    source = project(tmp_path / "project", 4)
+    fastsitch.add("net", source, dataset=few, root=tmp_path / "root")
+    (tmp_path / "project" / "blocks.py").write_text("CHANNELS = 10\n")
+    with pytest.raises(NetworkError, match="already registered for another network"):
+        fastsitch.add("net", source, dataset=few, root=tmp_path / "root")
+    definition, _ = fastsitch.add("net", source, dataset=few, root=tmp_path / "root", force=True)
+    assert definition.positions[0].shape == (10, 8, 8)
+
+
+def test_neighbours_come_before_modules_of_their_name(few: str, tmp_path: Path) -> None:
+    """Another program's module called ``blocks`` is loaded already, and is again afterwards."""
+    import types
+
+    other = types.ModuleType("blocks")
+    sys.modules["blocks"] = other
+    try:
+        fastsitch.add("net", project(tmp_path / "project", 4), dataset=few, root=tmp_path / "root")
+        assert sys.modules["blocks"] is other
+    finally:
+        del sys.modules["blocks"]
