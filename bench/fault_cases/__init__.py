@@ -1,0 +1,1 @@
+"""The cases of ``bench/faults.py``."""
