@@ -1,6 +1,6 @@
 """How much longer fastsitch's work takes beside other busy programs: one line per kind of work.
 
-    python bench/busy.py [--loops 0,1,2] [--repeats 3] [--work train,sweep,match,bench] [--variable NAME=VALUE ...]
+    python bench/busy.py [--loops 0,1,2] [--repeats 3] [--work train,sweep,match,bench,demo] [--variable NAME=VALUE ...]
 
 Every measurement is a process of its own, which times the work alone, not the imports; the loops run in sessions of
 their own, which is how programs in other windows weigh. Quiet and busy runs alternate.
@@ -34,6 +34,12 @@ fastsitch.sweep("R1111", "R1112", root={root!r}, run="match{number}", loss="matc
 """,
     "bench": """
 fastsitch.bench(root={root!r}, width=16, group_sizes=(15,), repeats=1)
+""",
+    # on a tenth of its images
+    "demo": """
+import fastsitch.demo
+fastsitch.demo.DEFAULT_DATASET = "fashion-mini:1024"
+fastsitch.demo.run_demo({root!r} + "/pictures{number}", root={root!r} + "/demo{number}")
 """,
 }
 

@@ -95,7 +95,8 @@ def add(
         str,
         typer.Option(
             "--from",
-            help="torchvision:NAME, timm:NAME, or FILE.py:FACTORY, whose code is then run.",
+            help="torchvision:NAME, timm:NAME, or FILE.py:FACTORY, whose code is then run; with --pretrained also "
+            "torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION] and timm:local-dir:PATH.",
             rich_help_panel=DATA,
         ),
     ],
@@ -105,6 +106,23 @@ def add(
             metavar="<path>",
             help="safetensors, or a state dict; nothing in it is executed.",
             show_default="none",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    pretrained: Annotated[
+        bool,
+        typer.Option(
+            "--pretrained",
+            help="With the weights, the image size and the preprocessing that its library publishes.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    classes_from: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<path>",
+            help="Lines of CLASS,OUTPUT: which output of a pretrained network stands for a class.",
+            show_default="matched by name",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -167,6 +185,8 @@ def add(
         name,
         source,
         weights=weights,
+        pretrained=pretrained,
+        classes_from=classes_from,
         positions=names(positions),
         layouts=_layouts(layout or []),
         classes=classes,

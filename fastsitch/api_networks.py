@@ -129,6 +129,8 @@ def add(
     source: str,
     *,
     weights: PathLike | None = None,
+    pretrained: bool = False,
+    classes_from: PathLike | None = None,
     positions: Sequence[str] | str | None = None,
     layouts: Mapping[str, Layout | str] | None = None,
     classes: int | None = None,
@@ -148,6 +150,11 @@ def add(
         source: ``torchvision:resnet18``, ``timm:resnet10t`` or ``FILE.py:factory``, whose code runs whenever the
             network is built.
         weights: safetensors, or a state dict, of which nothing is executed; None: the network is to be trained.
+        pretrained: take the weights, the preprocessing and the image size that the library publishes, of
+            ``timm:NAME.TAG``, ``timm:hf-hub:ORG/MODEL@REVISION``, ``timm:local-dir:PATH`` or
+            ``torchvision:NAME@WEIGHTS``; from its cache, or downloaded.
+        classes_from: file with lines ``class,output`` that say which output of a pretrained network stands for a class
+            of the data set, by index or name; None: they are matched by name.
         positions: names or patterns; None: the outputs of blocks.
         layouts: by name of the position, where the one that is found is wrong, or none: a :class:`Layout`, or its text
             such as ``map``, ``tokens:14x14`` or, with a class token, ``tokens:1+14x14``.
@@ -175,6 +182,8 @@ def add(
         name=NetworkName.parse_new(name),
         source=ModelSource.parse(source),
         weights=None if weights is None else _file("weights", weights),
+        pretrained=pretrained,
+        classes_from=None if classes_from is None else _file("classes_from", classes_from),
         positions=positions,
         layouts={key: parse_layout(value) for key, value in (layouts or {}).items()},
         classes=classes,

@@ -9,7 +9,7 @@ from fastsitch.activations.image_order import ImageOrder
 from fastsitch.activations.represent import PASS_IMAGES, represent
 from fastsitch.activations.representation_batch import Batch, Shape
 from fastsitch.activations.resident_source import stack_positions
-from fastsitch.data import Split, Transform, Views
+from fastsitch.data import ImageFiles, Split, Transform, Views
 from fastsitch.identity import torch_generator
 from fastsitch.receivers.frozen_network import FrozenNetwork
 
@@ -17,8 +17,9 @@ from fastsitch.receivers.frozen_network import FrozenNetwork
 class LiveSplit:
     """One split of a data set, and the sender that represents its images.
 
-    The images stay on the device as uint8, and pass through the sender's transform. The sender computes in its own
-    dtype; representations are rounded to ``stored``, as in a store, then cast to the compute dtype ``dtype``.
+    The images stay on the device as uint8, or in their files, and pass through the sender's transform. The sender
+    computes in its own dtype; representations are rounded to ``stored``, as in a store, then cast to the compute dtype
+    ``dtype``.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class LiveSplit:
         on the order's seed, the epoch and k alone.
         """
         permutation = order.epoch(epoch, len(self)).to(self.labels.device)
+        if isinstance(self._images, ImageFiles):
+            self._images[permutation].announce()
         views = self._views(order.seed, epoch) if augment else None
         # all batches lie in the same memory, that of the last epoch if its size fits; two epochs at once never share it
         stacks, self._kept = self._kept, {}
@@ -74,12 +77,16 @@ class LiveSplit:
 
     def in_order(self, images: int) -> Iterator[Batch]:
         """All images once, without augmentation, in the order of the data set; the last batch may be smaller."""
+        if isinstance(self._images, ImageFiles):
+            self._images.announce()
         for index in torch.split(self.ids, images):
             yield self._batch(index, None, {})
 
     def _views(self, seed: int, epoch: int) -> Views:
-        _, height, width, _ = self._images.shape
-        return Views.draw(len(self), height, width, torch_generator("views", seed, epoch))
+        images = self._images
+        # views of images in files are taken of what the sender's preprocessing gives, whatever their size
+        size = (0, 0) if isinstance(images, ImageFiles) else (images.shape[1], images.shape[2])
+        return Views.draw(len(self), *self._transform.viewed(size), torch_generator("views", seed, epoch))
 
     def _batch(self, index: Tensor, views: Views | None, into: Mapping[Shape, Tensor]) -> Batch:
         stacks = stack_positions(self.positions, self.represent(index, views), into)

@@ -14,7 +14,7 @@ from fastsitch.activations.store import ActivationStore
 from fastsitch.activations.store_manifest import StoreIdentity, remedy
 from fastsitch.activations.store_writer import StoreWriter, writing
 from fastsitch.chains.layout import stored_size
-from fastsitch.data import Dataset, load_dataset
+from fastsitch.data import Dataset, ImageFiles, load_dataset
 from fastsitch.errors import StoreError
 from fastsitch.files import exclusive
 from fastsitch.folders import FolderLike, as_folder
@@ -37,7 +37,7 @@ def store_identity(
         dataset=dataset.name,
         weights=record.weights_hash,
         data=dataset.hash,
-        normalisation=record.transform.to_dict(dataset.input_shape[1:]),
+        normalisation=record.transform.to_dict(dataset.size),
         dtype=dtype,
         # fp16 convolutions are very slow on CPUs, and no more exact than a cast at the end
         compute="bf16" if dtype == "bf16" and native_bf16(device) else "fp32",
@@ -161,8 +161,11 @@ class Block:
 
 
 @torch.no_grad()
-def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype: torch.dtype) -> Block:
-    """Run images (N, H, W, 3) through the network in batches. On CUDA this returns while the device still computes."""
+def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor | ImageFiles, dtype: torch.dtype) -> Block:
+    """Run images (N, H, W, 3), or files, through the network in batches.
+
+    On CUDA this returns while the device still computes.
+    """
     device = frozen.device
     cuda = device.type == "cuda"
     # pinned memory and a second stream let the copies run beside the next batches
@@ -173,7 +176,10 @@ def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor, dtype
         block.append(torch.empty(len(images), *row, dtype=dtype, pin_memory=cuda))
     for start in range(0, len(images), PASS_IMAGES):
         batch = images[start : start + PASS_IMAGES]
-        batch = batch.pin_memory().to(device, non_blocking=True) if cuda else batch
+        if isinstance(batch, ImageFiles):
+            batch = batch.to(device)
+        elif cuda:
+            batch = batch.pin_memory().to(device, non_blocking=True)
         raw = represent(frozen, network.record.transform, batch, stored=dtype, dtype=dtype)
         outputs = [position.to_rows(x) for position, x in zip(frozen.positions, raw, strict=True)]
         if copies is not None:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastsitch.data import Transform, Views
+from fastsitch.data import ImageFiles, Transform, Views
 from fastsitch.receivers.frozen_network import FrozenNetwork
 
 PASS_IMAGES = 256
@@ -13,16 +13,16 @@ PASS_IMAGES = 256
 def represent(
     network: FrozenNetwork,
     transform: Transform,
-    images_NHWC: Tensor,
+    images: Tensor | ImageFiles,
     *,
     stored: torch.dtype,
     dtype: torch.dtype,
     views: Views | None = None,
 ) -> list[Tensor]:
-    """The raw representations of uint8 images (N, H, W, 3) at every position; maps (N, C, H, W), channels-last.
+    """The raw representations of uint8 images (N, H, W, 3), or files, at every position.
 
-    The images and ``views`` of them are on the network's device. It computes in its own dtype; what it gives is rounded
-    to ``stored``, the dtype of a store, then cast to ``dtype``.
+    Those of maps are (N, C, H, W), channels-last. The images and ``views`` of them are on the network's device. It
+    computes in its own dtype; what it gives is rounded to ``stored``, the dtype of a store, then cast to ``dtype``.
     """
-    x = transform.apply(images_NHWC, views)
+    x = transform.apply(images, views)
     return [y.to(stored).to(dtype) for y in network.representations(x)]

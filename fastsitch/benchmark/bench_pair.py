@@ -106,7 +106,7 @@ def make_bench_pair(
 
 
 def _first(split: Split, images: int) -> Split:
-    return Split(split.images[:images], split.labels[:images])
+    return Split(split.pixels[:images], split.labels[:images])
 
 
 def _network(name: str, width: int, data: Dataset, device: torch.device, steps: int) -> SmallResNet:
@@ -127,6 +127,6 @@ def _representations(network: FrozenNetwork, data: Dataset, split: Split) -> lis
     transform = Transform(data.normalisation)
     passes = [
         represent(network, transform, images, stored=network.dtype, dtype=network.dtype)
-        for images in torch.split(split.images, PASS_IMAGES)
+        for images in torch.split(split.pixels, PASS_IMAGES)
     ]
     return [torch.cat(blocks) for blocks in zip(*passes, strict=True)]

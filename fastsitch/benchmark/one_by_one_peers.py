@@ -81,7 +81,7 @@ def published_way(pair: BenchPair, cells: Sequence[Cell], *, mixed: bool) -> One
     dtype = accumulation_dtype(pair.dtype)
 
     def logits(cell: Cell, stitch: Stitch, index: Tensor) -> Tensor:
-        x = pair.data.normalisation.apply(pair.data.train.images[index], dtype).contiguous()
+        x = pair.data.normalisation.apply(pair.data.train.pixels[index], dtype).contiguous()
         with torch.autocast(x.device.type, torch.bfloat16, enabled=mixed):
             for segment in list(sender.segments)[: cell.i + 1]:
                 x = segment(x)

@@ -1,6 +1,8 @@
 """Data sets as uint8 tensors in memory."""
 
 from fastsitch.data.dataset import Dataset, Normalisation, Split
+from fastsitch.data.image_files import ImageFiles
+from fastsitch.data.preprocessing import Preprocessing
 from fastsitch.data.random_views import Views
 from fastsitch.data.read_dataset import (
     SIZES,
@@ -17,7 +19,9 @@ __all__ = [
     "SIZES",
     "Dataset",
     "DatasetSize",
+    "ImageFiles",
     "Normalisation",
+    "Preprocessing",
     "Split",
     "Transform",
     "Views",

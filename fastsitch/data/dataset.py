@@ -1,12 +1,13 @@
 """A data set in memory: uint8 images and labels, normalised on the device when they are used."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from fastsitch.data.image_files import ImageFiles
 from fastsitch.errors import ConfigError
 
 _COUNTED_PIXELS = 1 << 24
@@ -51,15 +52,22 @@ class Split:
     """The images of one split, on one device.
 
     Attributes:
-        images: uint8 (N, H, W, 3).
+        images: uint8 (N, H, W, 3), or files of images that need not have one size.
         labels: int64 (N,).
     """
 
-    images: Tensor
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images as uint8 (N, H, W, 3); raises DataError where they have several sizes."""
+        if isinstance(self.images, ImageFiles):
+            raise self.images.of_several_sizes()
+        return self.images
 
     def to(self, device: torch.device) -> "Split":
         """The same images on another device."""
@@ -75,33 +83,49 @@ class Dataset:
         train: the images that stitches are trained on.
         test: the images that accuracies are counted on.
         classes: how many different labels there are, 0 ... classes - 1.
+        class_names: what the labels stand for, where that is known.
+        files_hash: of images in files: sha256 over their names, labels and bytes.
     """
 
     name: str
     train: Split
     test: Split
     classes: int
+    class_names: tuple[str, ...] | None = None
+    files_hash: str | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
         """Channels, height, width of an image."""
-        _, height, width, channels = self.train.images.shape
+        _, height, width, channels = self.train.pixels.shape
         return channels, height, width
+
+    @property
+    def channels(self) -> int:
+        """Of an image, whatever its size."""
+        return 3
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of all images; None where they differ."""
+        return None if isinstance(self.train.images, ImageFiles) else self.input_shape[1:]
 
     @cached_property
     def hash(self) -> str:
         """sha256 over all images and labels of both splits."""
+        if self.files_hash is not None:
+            return self.files_hash
         digest = hashlib.sha256()
         for split in (self.train, self.test):
-            digest.update(str(tuple(split.images.shape)).encode())
-            digest.update(split.images.cpu().contiguous().numpy().data)
+            digest.update(str(tuple(split.pixels.shape)).encode())
+            digest.update(split.pixels.cpu().contiguous().numpy().data)
             digest.update(split.labels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     @cached_property
     def normalisation(self) -> Normalisation:
         """Mean and standard deviation of the training images, from exact integer sums."""
-        images = self.train.images
+        images = self.train.pixels
         mean, std = [], []
         values = torch.arange(256, dtype=torch.float64) / 255
         for channel in range(images.shape[-1]):
@@ -118,4 +142,4 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set on another device."""
-        return Dataset(self.name, self.train.to(device), self.test.to(device), self.classes)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))

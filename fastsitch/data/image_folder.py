@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 
 from fastsitch.data.background import BLACK, rgb
 from fastsitch.data.file_formats import Arrays, padding
+from fastsitch.data.image_files import ImageFiles, files_hash
 from fastsitch.errors import DataError, MemoryLimitError, argument
 from fastsitch.files import free_space, naming
 from fastsitch.machine import available_memory
@@ -51,23 +52,33 @@ class ImageFolder:
     """What a folder of images holds, read from the headers of its files; no pixel is decoded yet.
 
     ``size`` (height, width) is that of all images: their own, or ``side`` x ``side`` after resizing the shorter side
-    to it (bilinear with antialias) and cropping the centre.
+    to it (bilinear with antialias) and cropping the centre. None: they have several sizes.
     """
 
     path: Path
     train: FolderSplit
     test: FolderSplit
     classes: tuple[str, ...]
-    size: tuple[int, int]
+    size: tuple[int, int] | None
     side: int | None
     background: str = BLACK
+    sizes: str = ""
+    """Of two images that differ in size."""
+
+    @property
+    def padded_size(self) -> tuple[int, int] | None:
+        """Height and width of the images as a data set has them."""
+        if self.size is None:
+            return None
+        pad = 2 * padding(*self.size)
+        return self.size[0] + pad, self.size[1] + pad
 
     @property
     def bytes(self) -> int:
-        """Size of all pixels, decoded, in three channels."""
-        pad = 2 * padding(*self.size)
-        pixels = (self.size[0] + pad) * (self.size[1] + pad)
-        return 3 * pixels * (len(self.train.files) + len(self.test.files))
+        """Size of all pixels, decoded, in three channels, where they have one size."""
+        assert self.padded_size is not None
+        height, width = self.padded_size
+        return 3 * height * width * (len(self.train.files) + len(self.test.files))
 
     @classmethod
     def scan(cls, path: Path, side: int | None = None, background: str = BLACK) -> "ImageFolder":
@@ -93,8 +104,19 @@ class ImageFolder:
         for split in ("train", "test"):
             _require_only_classes(path / split)
         train, test = (_files(path / split, classes) for split in ("train", "test"))
-        size = _common_size([*train.files, *test.files], side, background)
-        return cls(path, train, test, classes, size, side, background)
+        size, sizes = _common_size([*train.files, *test.files], side, background)
+        return cls(path, train, test, classes, size, side, background, sizes)
+
+    def files(self) -> tuple[ImageFiles, ImageFiles]:
+        """The images as they lie in their files, training and test; none is decoded yet."""
+        train, test = (ImageFiles.of(split.files, self._picture, self.sizes) for split in (self.train, self.test))
+        return train, test
+
+    def hash(self) -> str:
+        """sha256 over the names, labels and bytes of all files."""
+        files = [*self.train.files, *self.test.files]
+        names = [file.relative_to(self.path).as_posix() for file in files]
+        return files_hash(files, names, [*self.train.labels, *self.test.labels])
 
     def read(self, scratch: Path) -> tuple[Arrays, Arrays]:
         """Decode all images as (N, H, W, 3), training and test; 28x28 ones are padded to 32x32.
@@ -118,23 +140,29 @@ class ImageFolder:
 
     @property
     def _described(self) -> str:
+        assert self.size is not None
         count, (height, width) = len(self.train.files) + len(self.test.files), self.size
         size = f"{self.bytes / 1e9:.1f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
         return f"{count} images of {width}x{height} in {len(self.classes)} classes take {size} as pixels"
 
     def _read(self, split: FolderSplit, scratch: Path | None) -> Arrays:
+        assert self.size is not None
         height, width = self.size
         pad = padding(height, width)
         shape = (len(split.files), height + 2 * pad, width + 2 * pad, 3)
         images = np.zeros(shape, np.uint8) if scratch is None else _array_on_disk(shape, scratch)
         for image, file in zip(images, split.files, strict=True):
-            with _opened(file) as picture:
-                pixels = np.asarray(self._shown(_opaque(ImageOps.exif_transpose(picture), self.background)))
+            pixels = np.asarray(self._shown(self._picture(file)))
             if pixels.shape != (height, width, 3):
                 found = f"{pixels.shape[1]}x{pixels.shape[0]}"
                 raise DataError(f"{file} changed while it was read: expected {width}x{height}, found {found}")
             image[pad : pad + height, pad : pad + width] = pixels
         return images, np.asarray(split.labels, np.int64)
+
+    def _picture(self, file: Path) -> Image.Image:
+        """Upright and in three channels."""
+        with _opened(file) as picture:
+            return _opaque(ImageOps.exif_transpose(picture), self.background)
 
     def _shown(self, picture: Image.Image) -> Image.Image:
         if self.side is None:
@@ -194,8 +222,9 @@ def _files(folder: Path, classes: tuple[str, ...]) -> FolderSplit:
     return FolderSplit(tuple(files), tuple(labels))
 
 
-def _common_size(files: list[Path], side: int | None, background: str) -> tuple[int, int]:
-    """Height and width of all images; raises DataError where they cannot be one array."""
+def _common_size(files: list[Path], side: int | None, background: str) -> tuple[tuple[int, int] | None, str]:
+    """Height and width of all images, or None and a line on two that differ; raises DataError for other pixels."""
+    sizes = ""
     first: tuple[Path, tuple[int, int], bool] | None = None
     transparent: list[Path] = []
     for file in files:
@@ -217,11 +246,8 @@ def _common_size(files: list[Path], side: int | None, background: str) -> tuple[
                 f"{file} is {kinds[grey]} but {first[0]} is {kinds[first[2]]}: expected images that are all grey or "
                 "all in colour; convert them first"
             )
-        if side is None and size != first[1]:
-            raise DataError(
-                f"{file} is {size[0]}x{size[1]} but {first[0]} is {first[1][0]}x{first[1][1]}: expected images of one "
-                "size; resize them first, or let imagefolder:DIR@SIDE crop and resize them to squares"
-            )
+        if side is None and size != first[1] and not sizes:
+            sizes = f"{file} is {size[0]}x{size[1]} but {first[0]} is {first[1][0]}x{first[1][1]}"
     if transparent:
         log.info(
             "%d images may be transparent, such as %s: they are shown over %s (--background)",
@@ -230,7 +256,9 @@ def _common_size(files: list[Path], side: int | None, background: str) -> tuple[
             background,
         )
     assert first is not None
-    return (first[1][1], first[1][0]) if side is None else (side, side)
+    if side is not None:
+        return (side, side), ""
+    return (None, sizes) if sizes else ((first[1][1], first[1][0]), "")
 
 
 def _upright_size(picture: Image.Image) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import torch
 
 from fastsitch.data.background import BLACK, canonical_colour, is_colour
 from fastsitch.data.dataset import Dataset, Split
-from fastsitch.data.file_formats import Arrays, padding, read_cifar, read_idx, read_npz
+from fastsitch.data.file_formats import Arrays, read_cifar, read_idx, read_npz
 from fastsitch.data.image_folder import ImageFolder
 from fastsitch.errors import DataError, argument
 from fastsitch.files import expanded
@@ -26,7 +26,10 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """What planning needs to know of a data set: images per split, classes, image size; ``assumed`` if guessed."""
+    """What planning needs to know of a data set: images per split, classes, image size; ``assumed`` if guessed.
+
+    Height and width are 0 where images have several sizes.
+    """
 
     train: int
     test: int
@@ -133,8 +136,7 @@ def dataset_size(name: str, data_dir: Path) -> DatasetSize | None:
         return None
     if location.kind == "imagefolder":
         folder = ImageFolder.scan(location.path, location.side, location.background)
-        pad = 2 * padding(*folder.size)
-        height, width = (side + pad for side in folder.size)
+        height, width = folder.padded_size or (0, 0)
         return DatasetSize(len(folder.train.files), len(folder.test.files), len(folder.classes), height, width)
     dataset = load_dataset(name, data_dir)
     _, height, width = dataset.input_shape
@@ -154,11 +156,16 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     """
     name = canonical_dataset(name)
     kind, _, location = name.partition(":")
+    names = None
     if kind == "npz":
         train, test = read_npz(Path(location))
     elif kind == "imagefolder":
-        folder = _located(name)
-        train, test = ImageFolder.scan(folder.path, folder.side, folder.background).read(data_dir)
+        place = _located(name)
+        folder = ImageFolder.scan(place.path, place.side, place.background)
+        if folder.size is None:
+            return _in_files(name, folder)
+        train, test = folder.read(data_dir)
+        names = folder.classes
     else:
         train, test = _BY_NAME[kind](data_dir)
         if location:
@@ -178,7 +185,16 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     if unseen:
         some = ", ".join(map(str, unseen[:5])) + (", ..." if len(unseen) > 5 else "")
         log.warning("data set %s: %d of %d classes have no training images (%s)", name, len(unseen), classes, some)
-    return Dataset(name, _split(train), _split(test), classes)
+    return Dataset(name, _split(train), _split(test), classes, names)
+
+
+def _in_files(name: str, folder: ImageFolder) -> Dataset:
+    """Images of several sizes, which every network brings to its own."""
+    train, test = (
+        Split(files, torch.tensor(split.labels))
+        for files, split in zip(folder.files(), (folder.train, folder.test), strict=True)
+    )
+    return Dataset(name, train, test, len(folder.classes), folder.classes, folder.hash())
 
 
 def _split(arrays: Arrays) -> Split:

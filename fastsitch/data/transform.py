@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsitch.data.dataset import Normalisation
+from fastsitch.data.image_files import ImageFiles
+from fastsitch.data.preprocessing import Preprocessing
 from fastsitch.data.random_views import Views
 from fastsitch.errors import ConfigError
 
@@ -22,6 +24,7 @@ class Transform:
     Attributes:
         normalisation: of the pixels.
         resolution: height and width in pixels, each at least 1; None: those of the images.
+        preprocessing: of a pretrained network, instead of resizing alone; then images may have any sizes.
 
     Raises:
         ConfigError: a resolution below 1.
@@ -29,19 +32,29 @@ class Transform:
 
     normalisation: Normalisation
     resolution: tuple[int, int] | None = None
+    preprocessing: Preprocessing | None = None
 
     def __post_init__(self) -> None:
         if self.resolution is not None and min(self.resolution) < 1:
             raise ConfigError(f"resolution {self.resolution}: expected a height and a width of at least 1")
 
-    def apply(self, images_NHWC: Tensor, views: Views | None = None) -> Tensor:
-        """uint8 (N, H, W, C) -> fp32 (N, C, R, S) in channels-last memory, on the images' device.
+    def apply(self, images: Tensor | ImageFiles, views: Views | None = None) -> Tensor:
+        """uint8 (N, H, W, C), or files -> fp32 (N, C, R, S) in channels-last memory, on the images' device.
 
         ``views``, on the same device, show the images before they are resized: what a view leaves empty is 0 after
-        normalisation, the mean of the data. Resizing is linear and keeps constants, so that it may come last.
+        normalisation, the mean of the data. Resizing is linear and keeps constants, so that it may come last. A
+        preprocessing, which rounds to pixels, comes before the views.
         """
-        x = self.normalisation.apply(images_NHWC)
+        if isinstance(images, ImageFiles):
+            images = images.read(self.preprocessing)
+        elif self.preprocessing is not None:
+            images = self.preprocessing.apply(images)
+        x = self.normalisation.apply(images)
         return self.resize(x if views is None else views.apply(x))
+
+    def viewed(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of what views are taken of, for images of this size."""
+        return size if self.preprocessing is None else self.preprocessing.crop
 
     def resize(self, x_NCHW: Tensor) -> Tensor:
         """Bring images of any range to the network's resolution; those that have it come back as they are."""
@@ -51,9 +64,11 @@ class Transform:
         resized = F.interpolate(x_NCHW, size, mode="bilinear", align_corners=False, antialias=True)
         return resized.contiguous(memory_format=torch.channels_last)
 
-    def to_dict(self, size: tuple[int, int]) -> dict[str, Any]:
+    def to_dict(self, size: tuple[int, int] | None) -> dict[str, Any]:
         """What a store of images of this height and width records: the resolution only where they are resized."""
         content: dict[str, Any] = {key: list(value) for key, value in asdict(self.normalisation).items()}
         if self.resolution is not None and self.resolution != size:
             content["resolution"] = list(self.resolution)
+        if self.preprocessing is not None:
+            content["preprocessing"] = self.preprocessing.to_dict()
         return content

@@ -156,7 +156,7 @@ def stitch(
 
 def _require_fit(sender: Chain, receiver: FrozenNetwork, images: tuple[int, int, int], dataset: Dataset) -> None:
     """Raise NetworkError where the chains do not take the data's images, or the receiver gives no logits for them."""
-    channels = dataset.input_shape[0]
+    channels = dataset.channels
     for role, shape in (("sender", sender.input_shape), ("receiver", images)):
         if shape[0] != channels:
             raise NetworkError(

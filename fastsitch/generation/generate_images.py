@@ -111,7 +111,7 @@ class _Generator:
         test = workbench.dataset.test
         self._workbench = workbench
         self._index = tuple(index)
-        self._split = Split(test.images[list(index)], test.labels[list(index)])
+        self._split = Split(test.pixels[list(index)], test.labels[list(index)])
         self._provided: dict[NetworkName, list[Tensor]] = {}
 
     def pair(self, unit: Unit, stitches: InputStitches) -> PairImages:
@@ -133,7 +133,7 @@ class _Generator:
             clamped[variant] = outside.double().flatten(1).mean(1).numpy()
             generated[variant] = pixels.clamp(0, 1).float().numpy()
         sender, receiver = run.networks[unit.sender_network], run.networks[unit.receiver_network]
-        pixels_NCHW = self._split.images.float().permute(0, 3, 1, 2) / 255
+        pixels_NCHW = self._split.pixels.float().permute(0, 3, 1, 2) / 255
         return PairImages(
             sender=unit.sender,
             receiver=unit.receiver,

@@ -52,10 +52,10 @@ class InputImages:
     """Training images as what a receiver expects at its input: an OrderedSplit of one position, in fp32."""
 
     def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
-        self._images = split.images
+        self._images = split.pixels
         self._transform = transform
         self._device = device
-        _, height, width, channels = split.images.shape
+        _, height, width, channels = split.pixels.shape
         self.shapes: Sequence[Shape] = [(channels, *(transform.resolution or (height, width)))]
         self.labels = split.labels.to(device)
         self.ids = torch.arange(len(split), device=device)

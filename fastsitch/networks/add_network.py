@@ -1,9 +1,11 @@
 """Adding a network that somebody else defined, with or without its weights."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,17 +18,24 @@ from fastsitch.identity import tensors_hash
 from fastsitch.machine import versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, read_record, require_fit, save_network
+from fastsitch.networks.class_names import fits_some, matched_outputs, read_class_outputs
 from fastsitch.networks.foreign_weights import load_weights, read_weights
 from fastsitch.networks.model_source import ModelSource
 from fastsitch.networks.network_definition import Definition, define, read_definition, write_definition
+from fastsitch.networks.pretrained_network import PretrainedNetwork, load_pretrained
 from fastsitch.networks.train_network import evaluate_network
 from fastsitch.root import Root
 from fastsitch.vocabulary import require_whole
+
+log = logging.getLogger(__name__)
 
 _MAX_SIDE = 4096
 
 _MOST_CLASSES = 100_000
 """Beyond it the last layer alone takes gigabytes."""
+
+_CHANCE = 2.0
+"""A pretrained network that is not this many times as good as guessing sees other classes than it was trained on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +45,10 @@ class NewNetwork:
     name: NetworkName
     source: ModelSource
     weights: Path | None = None
+    pretrained: bool = False
+    """With the weights and the preprocessing that its library publishes."""
+    classes_from: Path | None = None
+    """Says which output of a pretrained network each class is, where names do not."""
     positions: Sequence[str] | str | None = None
     """Names or patterns; None: the default ones, see :meth:`fastsitch.chains.chain.Chain.from_module`."""
     classes: int | None = None
@@ -49,7 +62,14 @@ class NewNetwork:
         if self.name.built_in or self.name.random:
             kind = "an untrained control" if self.name.random else "built in"
             raise ConfigError(f"{self.name} is {kind}: expected a new name of letters, digits and _, such as resnet50")
-        if self.name.seed and self.weights is None:
+        if self.pretrained and (self.weights is not None or self.classes is not None):
+            other = argument("classes") if self.weights is None else argument("weights")
+            raise ConfigError(
+                f"{argument('pretrained', True)} brings weights for all of its outputs: leave out {other}"
+            )
+        if self.classes_from is not None and not self.pretrained:
+            raise ConfigError(f"{argument('classes_from')} is for networks with {argument('pretrained', True)}")
+        if self.name.seed and self.weights is None and not self.pretrained:
             raise ConfigError(
                 f"{self.name}: all seeds share one definition; add {self.name.architecture}, or give "
                 f"{argument('weights')} of this seed"
@@ -72,35 +92,24 @@ def add_network(
     already saved and equal is left alone; nothing is written unless everything worked. Raises ConfigError, DataError,
     or NetworkError, also when the name is registered for another network and ``force`` is not set.
     """
-    images = None
-    size = known_size(dataset)
-    if size is None or new.weights is not None:
-        images = load_dataset(dataset, root.data_dir)
-        _, height, width = images.input_shape
-        size = DatasetSize(len(images.train), len(images.test), images.classes, height, width)
-    classes = size.classes if new.classes is None else new.classes
-    if classes < size.classes:
-        raise ConfigError(
-            f"{argument('classes', classes)}: {dataset} has {size.classes} classes; expected at least that many"
-        )
-    height, width = new.resolution or (size.height, size.width)
     name, folder = new.name, root.networks(dataset)
-    definition = define(
-        new.source,
-        classes=classes,
-        input_shape=(3, height, width),
-        normalisation=new.normalisation,
-        positions=new.positions,
-        layouts=new.layouts,
+    published = load_pretrained(new.source, new.resolution) if new.pretrained else None
+    images = None
+    if known_size(dataset) is None or new.weights is not None or published is not None:
+        images = load_dataset(dataset, root.data_dir)
+    definition = (
+        _define(new, dataset, known_size(dataset) or _size(images), images)
+        if published is None or images is None
+        else _define_pretrained(new, published, images)
     )
     known = None if force else read_definition(folder, name.architecture)
     if known is not None:
         _require_same(name, known, definition)
     record = module = None
-    if new.weights is not None or not definition.draws_weights:
+    if new.weights is not None or published is not None or not definition.draws_weights:
         images = images or load_dataset(dataset, root.data_dir)
         module = definition.build()
-        record = _evaluated(new, definition, module, images, device)
+        record = _evaluated(new, definition, module, images, published, device)
     models = root.models(dataset)
     if known is not None and _is_saved(models, name, record):
         # nothing is to be written, not even a lock
@@ -129,6 +138,65 @@ def add_network(
     return definition, record
 
 
+def _size(images: Dataset | None) -> DatasetSize:
+    assert images is not None
+    _, height, width = images.input_shape if images.size is not None else (3, 0, 0)
+    return DatasetSize(len(images.train), len(images.test), images.classes, height, width)
+
+
+def _define(new: NewNetwork, dataset: str, size: DatasetSize, images: Dataset | None) -> Definition:
+    classes = size.classes if new.classes is None else new.classes
+    if classes < size.classes:
+        raise ConfigError(
+            f"{argument('classes', classes)}: {dataset} has {size.classes} classes; expected at least that many"
+        )
+    if new.resolution is None and images is not None:
+        # raises where the images have several
+        _, height, width = images.input_shape
+    height, width = new.resolution or (size.height, size.width)
+    return define(
+        new.source,
+        classes=classes,
+        input_shape=(3, height, width),
+        normalisation=new.normalisation,
+        positions=new.positions,
+        layouts=new.layouts,
+    )
+
+
+def _define_pretrained(new: NewNetwork, published: PretrainedNetwork, images: Dataset) -> Definition:
+    return define(
+        published.source,
+        classes=published.classes,
+        input_shape=published.input_shape,
+        normalisation=new.normalisation or published.normalisation,
+        preprocessing=published.preprocessing,
+        outputs=_outputs(new, published, images),
+        positions=new.positions,
+        layouts=new.layouts,
+    )
+
+
+def _outputs(new: NewNetwork, published: PretrainedNetwork, images: Dataset) -> tuple[int, ...] | None:
+    """The outputs of a pretrained network for the classes of a data set; None where they are its first ones."""
+    given = {} if new.classes_from is None else read_class_outputs(new.classes_from)
+    names, labels = images.class_names, published.labels
+    if given and names is None:
+        names = tuple(map(str, range(images.classes)))
+    if names is not None and (given or (labels is not None and fits_some(names, labels))):
+        outputs = matched_outputs(
+            names, labels or tuple((str(k),) for k in range(published.classes)), given, new.source.text
+        )
+        return None if outputs == tuple(range(published.classes)) else outputs
+    if images.classes != published.classes:
+        raise NetworkError(
+            f"{new.source.text} has {published.classes} outputs and {images.name} {images.classes} classes, whose "
+            f"names are not those of its outputs: say which is which in a file for {argument('classes_from')}, a line "
+            "each such as 'class,output'"
+        )
+    return None
+
+
 def _is_saved(models: Path, name: NetworkName, record: NetworkRecord | None) -> bool:
     """Whether a network with these weights, on this data, is there already; without any, there is nothing to save."""
     if record is None:
@@ -141,10 +209,22 @@ def _is_saved(models: Path, name: NetworkName, record: NetworkRecord | None) -> 
 
 
 def _evaluated(
-    new: NewNetwork, definition: Definition, module: nn.Module, images: Dataset, device: torch.device
+    new: NewNetwork,
+    definition: Definition,
+    module: nn.Module,
+    images: Dataset,
+    published: PretrainedNetwork | None,
+    device: torch.device,
 ) -> NetworkRecord:
     """Load the weights into ``module``, unless it brings its own, and measure its accuracy."""
-    if new.weights is not None:
+    recipe: dict[str, Any] = {
+        "name": "added",
+        "weights": new.source.text if new.weights is None else new.weights.name,
+    }
+    if published is not None:
+        module.load_state_dict(published.module.state_dict())
+        recipe = {"name": "pretrained", "weights": new.source.text, "pretrained": published.provenance}
+    elif new.weights is not None:
         load_weights(module, read_weights(new.weights), new.weights)
     draft = NetworkRecord(
         name=str(new.name),
@@ -154,7 +234,7 @@ def _evaluated(
         classes=definition.classes,
         input_shape=definition.input_shape,
         normalisation=definition.normalisation or images.normalisation,
-        recipe={"name": "added", "weights": new.source.text if new.weights is None else new.weights.name},
+        recipe=recipe,
         accuracy=None,
         loss=None,
         weights_hash=tensors_hash(module.state_dict()),
@@ -162,8 +242,15 @@ def _evaluated(
         definition=definition,
     )
     require_fit(draft, images)
-    accuracy, loss = evaluate_network(module.to(device), images.test.to(device), draft.transform)
+    evaluated = module if definition.outputs is None else definition.cut(module)
+    accuracy, loss = evaluate_network(evaluated.to(device), images.test.to(device), draft.transform)
     module.cpu()
+    if published is not None and accuracy < _CHANCE / images.classes:
+        log.warning(
+            "%s is right on %.1f %% of the test images, near chance: are the classes its outputs (--classes-from)?",
+            new.source.text,
+            100 * accuracy,
+        )
     if not math.isfinite(loss):
         given = new.source.text if new.weights is None else argument("weights", new.weights)
         raise NetworkError(f"{given}: the test loss of {new.name} is {loss}; expected usable weights")

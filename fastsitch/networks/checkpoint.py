@@ -64,7 +64,8 @@ class NetworkRecord:
     @property
     def transform(self) -> Transform:
         """How a data set's images are prepared for the network."""
-        return Transform(self.normalisation, self.input_shape[1:])
+        preprocessing = None if self.definition is None else self.definition.preprocessing
+        return Transform(self.normalisation, self.input_shape[1:], preprocessing)
 
     def build(self) -> nn.Module:
         """The untrained network in eval mode: its name is the seed of its weights."""
@@ -220,11 +221,11 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
     """Raise NetworkError unless the data set is exactly the one that the network was trained on."""
     # an added network may know more classes than the data set has
     fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
-    if record.input_shape[0] != dataset.input_shape[0] or not fits:
+    if record.input_shape[0] != dataset.channels or not fits:
         raise NetworkError(
             f"{record.name} was built for images of {record.input_shape[0]} channels and {record.classes} classes, but "
-            f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: {_TRAIN_AGAIN}"
+            f"{dataset.name} has {dataset.channels} and {dataset.classes}: {_TRAIN_AGAIN}"
         )
     if record.data_hash != dataset.hash:
-        remedy = f"add it again with the same {argument('weights')}" if "weights" in record.recipe else _TRAIN_AGAIN
+        remedy = "add it again with the same weights" if "weights" in record.recipe else _TRAIN_AGAIN
         raise NetworkError(f"{dataset.name} has changed since {record.name} was trained on it: {remedy}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,23 +28,26 @@ Size = tuple[int, int, int]
 class ModelSource:
     """``torchvision:NAME``, ``timm:NAME``, or ``FILE.py:FACTORY`` with an absolute path and the file's sha256.
 
+    ``arguments`` are for the library's builder, as JSON: what a published configuration says of the network.
     ``neighbours`` are the files in its folder that it imports, each with its sha256; known once it was built.
     """
 
     text: str
     file_hash: str | None = None
     neighbours: tuple[tuple[str, str], ...] = ()
+    arguments: str = "{}"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "ModelSource":
         """The inverse of :meth:`to_dict`; raises KeyError or TypeError."""
         neighbours = tuple((name, digest) for name, digest in content.get("neighbours", {}).items())
-        return cls(content["text"], content["file_hash"], neighbours)
+        return cls(content["text"], content["file_hash"], neighbours, json.dumps(content.get("arguments", {})))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; without neighbours as it was before there were any."""
+        """For JSON; without neighbours and arguments as it was before there were any."""
         content: dict[str, Any] = {"text": self.text, "file_hash": self.file_hash}
-        return {**content, "neighbours": dict(self.neighbours)} if self.neighbours else content
+        others = {"neighbours": dict(self.neighbours), "arguments": json.loads(self.arguments)}
+        return {**content, **{key: value for key, value in others.items() if value}}
 
     @classmethod
     def parse(cls, text: str) -> "ModelSource":
@@ -73,7 +77,9 @@ class ModelSource:
             with foreign_code(self.text):
                 library = _LIBRARIES.get(kind)
                 module = (
-                    self._from_file(classes, input_shape) if library is None else library(name, classes, input_shape)
+                    self._from_file(classes, input_shape)
+                    if library is None
+                    else library(name, classes, input_shape, json.loads(self.arguments))
                 )
         finally:
             generator.set_state(state)
@@ -116,39 +122,51 @@ class ModelSource:
             return factory(**{key: value for key, value in arguments.items() if key in parameters})
 
 
-def _torchvision(name: str, classes: int, input_shape: Size) -> nn.Module:
+def _torchvision(name: str, classes: int, input_shape: Size, arguments: dict[str, Any]) -> nn.Module:
     from torchvision import models
 
     # classification alone: builders of other tasks would download a backbone
-    _require_known("torchvision", name, models.list_models(module=models))
+    require_known("torchvision", name, models.list_models(module=models))
     _, height, width = input_shape
     # a few families need the size of the image
-    options: dict[str, Any] = {}
+    options = dict(arguments)
     if name.startswith("vit_"):
-        options = {"image_size": height}
+        options["image_size"] = height
     elif name.startswith("maxvit_"):
-        options = {"input_size": (height, width)}
+        options["input_size"] = (height, width)
     return models.get_model(name, weights=None, num_classes=classes, **options)  # type: ignore[no-any-return]
 
 
-def _timm(name: str, classes: int, input_shape: Size) -> nn.Module:
-    try:
-        import timm
-    except ImportError:
-        raise NetworkError(f"timm:{name}: timm is not installed; pip install 'fastsitch[timm]'") from None
-    # other schemes would have timm ask the network for configurations
-    _require_known("timm", name.partition(".")[0], timm.list_models())
+def _timm(name: str, classes: int, input_shape: Size, arguments: dict[str, Any]) -> nn.Module:
+    timm = require_timm(name)
+    # timm would look for its configuration, maybe on the hub
+    if ":" in name:
+        raise NetworkError(f"timm:{name} is a published network: add it with {argument('pretrained', True)}")
+    require_known("timm", name.partition(".")[0], timm.list_models())
     channels, *size = input_shape
     fixed = getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False)
-    options: dict[str, Any] = {"img_size": tuple(size)} if fixed else {}
+    options = {**arguments, **({"img_size": tuple(size)} if fixed else {})}
     model: nn.Module = timm.create_model(name, pretrained=False, num_classes=classes, in_chans=channels, **options)
     return model
 
 
-_LIBRARIES: dict[str, Callable[[str, int, Size], nn.Module]] = {"torchvision": _torchvision, "timm": _timm}
+def require_timm(name: str) -> Any:
+    """The module timm; raises NetworkError where it is not installed."""
+    try:
+        import timm
+    except ImportError:
+        raise NetworkError(f"timm:{name}: timm is not installed; pip install 'fastsitch[timm]'") from None
+    return timm
 
 
-def _require_known(library: str, name: str, known: Sequence[str]) -> None:
+_LIBRARIES: dict[str, Callable[[str, int, Size, dict[str, Any]], nn.Module]] = {
+    "torchvision": _torchvision,
+    "timm": _timm,
+}
+
+
+def require_known(library: str, name: str, known: Sequence[str]) -> None:
+    """Raise NetworkError, with names that are close, where a library has no such model."""
     if name not in known:
         close = get_close_matches(name, known) or known[:3]
         raise NetworkError(f"{library} has no model {name}: expected one of its names, such as {', '.join(close)}")

@@ -18,7 +18,7 @@ from fastsitch.chains.layout import Layout
 from fastsitch.chains.position import Position
 from fastsitch.chains.vet_chain import gradient_faults
 from fastsitch.checked_files import DamagedFile, read_json, with_hash
-from fastsitch.data import Normalisation
+from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.errors import ConfigError, NetworkError, argument
 from fastsitch.files import write_json
 from fastsitch.network_names import NetworkName
@@ -47,6 +47,10 @@ class Definition:
     positions: tuple[Position, ...]
     flops: tuple[float, ...]
     """Forward FLOPs per image of every segment, then of the head."""
+    preprocessing: Preprocessing | None = None
+    """Of a pretrained network: how its publishers resized and cropped images; None: they are only resized."""
+    outputs: tuple[int, ...] | None = None
+    """The outputs of its head that stand for the classes of the data set, in their order; None: the first ones."""
     draws_weights: bool = True
     """Whether its code draws its weights anew for every seed; False where it brings weights along, as trained ones."""
 
@@ -57,15 +61,17 @@ class Definition:
             "source": self.source.to_dict(),
             "positions": [{**entry, "shape": list(entry["shape"])} for entry in positions],
         }
-        if self.draws_weights:
-            # as in definitions that were made before there were others
-            del content["draws_weights"]
+        content["preprocessing"] = None if self.preprocessing is None else self.preprocessing.to_dict()
+        # as in definitions that were made before there were others
+        for key, usual in (("draws_weights", True), ("preprocessing", None), ("outputs", None)):
+            if content[key] == usual:
+                del content[key]
         return content
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Definition":
         """The inverse of :meth:`to_dict`; raises KeyError or TypeError, or NetworkError."""
-        given = content["normalisation"]
+        given, preprocessing, outputs = content["normalisation"], content.get("preprocessing"), content.get("outputs")
         channels, height, width = content["input_shape"]
         return typed(
             cls(
@@ -75,6 +81,8 @@ class Definition:
                 normalisation=None if given is None else Normalisation(tuple(given["mean"]), tuple(given["std"])),
                 positions=tuple(Position.from_dict(entry) for entry in content["positions"]),
                 flops=tuple(content["flops"]),
+                preprocessing=None if preprocessing is None else Preprocessing.from_dict(preprocessing),
+                outputs=None if outputs is None else tuple(outputs),
                 draws_weights=content.get("draws_weights", True),
             )
         )
@@ -98,7 +106,22 @@ class Definition:
                 f"{self.source.text} has changed since it was added: it has positions "
                 f"{_listed(chain.positions)}, expected {_listed(self.positions)}; {_ADD_AGAIN}"
             )
+        if self.outputs is not None:
+            chain.head = nn.Sequential(chain.head, ChosenOutputs(self.outputs))
         return chain
+
+
+class ChosenOutputs(nn.Module):
+    """Some of the outputs (B, N) of a head, as the classes of a data set."""
+
+    index: torch.Tensor
+
+    def __init__(self, outputs: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor(outputs), persistent=False)
+
+    def forward(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_select(-1, self.index)
 
 
 def define(
@@ -107,6 +130,8 @@ def define(
     classes: int,
     input_shape: tuple[int, int, int],
     normalisation: Normalisation | None = None,
+    preprocessing: Preprocessing | None = None,
+    outputs: tuple[int, ...] | None = None,
     positions: Sequence[str] | str | None = None,
     layouts: Mapping[str, Layout] | None = None,
 ) -> Definition:
@@ -136,6 +161,8 @@ def define(
         classes=classes,
         input_shape=input_shape,
         normalisation=normalisation,
+        preprocessing=preprocessing,
+        outputs=outputs,
         positions=tuple(chain.positions),
         flops=chain_flops(chain),
         draws_weights=_differ_with_the_seed(source.text, module, source.build(classes, input_shape, 1)),

@@ -132,12 +132,12 @@ def train_network(
             f"{argument('resolution', resolution)}: expected a multiple of {_STRIDES}, by which the strides of a small "
             "ResNet divide"
         )
+    channels, *size = dataset.input_shape
     if len(dataset.train) < recipe.batch_size:
         raise ConfigError(
             f"{len(dataset.train)} training images are fewer than one batch of {recipe.batch_size} images: "
             "use a larger data set"
         )
-    channels, *size = dataset.input_shape
     height, breadth = size if resolution is None else (resolution, resolution)
     folder = root.models(dataset.name)
     definition = None if name.built_in else require_definition(root.networks(dataset.name), name.architecture)

@@ -53,7 +53,8 @@ def choose_measured(
         root,
         plan,
         images=(len(dataset.train), len(dataset.test)),
-        pixels=dataset.train.images[0].numel(),
+        # files stay where they are
+        pixels=0 if dataset.size is None else dataset.train.pixels[0].numel(),
         itemsize=dtype.itemsize,
     )
     return choose_source(

@@ -99,4 +99,5 @@ def _matching(config: SweepConfig) -> dict[str, Any]:
 
 def _network(network: Any) -> dict[str, Any]:
     known = {"accuracy": network.accuracy, "width": network.width, "weights_hash": network.weights_hash}
-    return known if network.transform is None else {**known, "transform": network.transform}
+    other = {"transform": network.transform, "weights": network.weights}
+    return {**known, **{key: value for key, value in other.items() if value is not None}}

@@ -26,7 +26,14 @@ class NetworkInput:
     positions: tuple[tuple[str, Shape], ...]
     """Name and shape of every position: (C, H, W) for maps."""
     transform: dict[str, Any] | None = None
-    """Mean, std and resolution of its inputs, where they are not those of the data set."""
+    """Mean, std, resolution and preprocessing of its inputs, where they are not those of the data set."""
+    weights: dict[str, str] | None = None
+    """Of a pretrained network: name, file, revision, sha256 and licence of its weights."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without what only some networks have as it was before there were such."""
+        content = asdict(self)
+        return content if self.weights is not None else {key: content[key] for key in content if key != "weights"}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "NetworkInput":
@@ -77,7 +84,7 @@ class RunRecord:
             "format": FORMAT,
             "config": self.config.to_dict(),
             "resolved": asdict(self.resolved),
-            "networks": {str(name): asdict(network) for name, network in self.networks.items()},
+            "networks": {str(name): network.to_dict() for name, network in self.networks.items()},
             "data_hash": self.data_hash,
             "versions": self.versions,
         }

@@ -54,14 +54,17 @@ class Networks:
         if accuracy is None:
             accuracy, _ = evaluate_network(chain.to(device), self.dataset.test.to(device), record.transform)
             chain.cpu()
-        size = self.dataset.input_shape[1:]
-        transform, usual = (x.to_dict(size) for x in (record.transform, Transform(self.dataset.normalisation)))
+        size = self.dataset.size
+        transform = record.transform.to_dict(size)
+        # images of several sizes have no transform in common
+        usual = None if size is None else Transform(self.dataset.normalisation).to_dict(size)
         return NetworkInput(
             weights_hash=record.weights_hash,
             width=record.width,
             accuracy=accuracy,
             positions=tuple((position.name, position.rows) for position in chain.positions),
             transform=None if transform == usual else transform,
+            weights=record.recipe.get("pretrained"),
         )
 
 

@@ -1,0 +1,97 @@
+"""Which outputs of a pretrained network stand for the classes of a data set, by their names."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fastsitch.errors import NetworkError, argument
+
+_SHOWN = 5
+_MOST_BYTES = 2**20
+
+
+def matched_outputs(
+    classes: Sequence[str], labels: Sequence[Sequence[str]], given: Mapping[str, str], network: str
+) -> tuple[int, ...]:
+    """The output for each class of a data set.
+
+    ``labels`` are the names of every output, such as a synset id and words; ``given`` says for some classes which
+    output is meant, by its index or one of its names. Raises NetworkError for classes that no output, or several, stand
+    for, and for two classes of one output.
+    """
+    named: dict[str, set[int]] = {}
+    for index, names in enumerate(labels):
+        for name in names:
+            named.setdefault(_plain(name), set()).add(index)
+    unknown = [name for name in given if name not in classes]
+    if unknown:
+        raise NetworkError(
+            f"{argument('classes_from')} names {_listed(unknown)}: no such classes; the data set has {_listed(classes)}"
+        )
+    found: list[int] = []
+    missing: list[str] = []
+    several: list[str] = []
+    for name in classes:
+        wanted = given.get(name, name)
+        if name in given and wanted.isdecimal() and int(wanted) < len(labels):
+            found.append(int(wanted))
+            continue
+        outputs = named.get(_plain(wanted), set())
+        if len(outputs) == 1:
+            found += outputs
+        else:
+            (several if outputs else missing).append(name)
+    remedy = f"say it in a file for {argument('classes_from')}, a line each such as 'class,output'"
+    if missing:
+        raise NetworkError(
+            f"{network} has no output named {_listed(missing)}: expected folders named by its outputs, such as "
+            f"{labels[0][0]} or {labels[-1][-1]}; {remedy}"
+        )
+    if several:
+        raise NetworkError(f"{network} has several outputs named {_listed(several)}: {remedy}")
+    twice = [name for name, output in zip(classes, found, strict=True) if found.count(output) > 1]
+    if twice:
+        raise NetworkError(f"{_listed(twice)} are one output of {network}: expected one for each class; {remedy}")
+    return tuple(found)
+
+
+def fits_some(classes: Sequence[str], labels: Sequence[Sequence[str]]) -> bool:
+    """Whether any class has the name of an output: then all of them should."""
+    known = {_plain(name) for names in labels for name in names}
+    return any(_plain(name) in known for name in classes)
+
+
+def read_class_outputs(path: Path) -> dict[str, str]:
+    """``class,output`` or ``class<TAB>output`` per line, the output by index or name; raises NetworkError."""
+    try:
+        if path.exists() and not path.is_file():
+            raise NetworkError(f"{argument('classes_from', path)} is no regular file: expected lines of class,output")
+        with path.open(encoding="utf-8") as file:
+            lines = file.read(_MOST_BYTES).splitlines()
+    except OSError as error:
+        raise NetworkError(f"cannot read {argument('classes_from', path)} ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise NetworkError(
+            f"{argument('classes_from', path)} is no text in UTF-8: expected lines of class,output"
+        ) from None
+    given: dict[str, str] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        name, _, output = (part.strip() for part in line.partition("\t" if "\t" in line else ","))
+        if not name or not output or name in given:
+            raise NetworkError(
+                f"{path}:{number}: expected class,output, such as n01440764,0, each class once; found {line[:60]!r}"
+            )
+        given[name] = output
+    return given
+
+
+def _plain(name: str) -> str:
+    """Upper and lower case, underscores, hyphens and blanks make no difference."""
+    return re.sub(r"[\s_-]+", " ", name).strip().lower()
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
