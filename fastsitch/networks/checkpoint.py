@@ -227,5 +227,6 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
             f"{dataset.name} has {dataset.channels} and {dataset.classes}: {_TRAIN_AGAIN}"
         )
     if record.data_hash != dataset.hash:
-        remedy = "add it again with the same weights" if "weights" in record.recipe else _TRAIN_AGAIN
+        given = argument("pretrained", True) if "pretrained" in record.recipe else f"the same {argument('weights')}"
+        remedy = f"add it again with {given}" if "weights" in record.recipe else _TRAIN_AGAIN
         raise NetworkError(f"{dataset.name} has changed since {record.name} was trained on it: {remedy}")
