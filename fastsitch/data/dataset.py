@@ -1,7 +1,7 @@
 """A data set in memory: uint8 images and labels, normalised on the device when they are used."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -67,6 +67,18 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The data set that a subset was taken from: its name, its hash, and whether all of its test images were taken.
+
+    The hash is None where images that were not taken are never decoded.
+    """
+
+    name: str
+    hash: str | None
+    all_tested: bool
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A data set, in memory.
 
@@ -75,12 +87,16 @@ class Dataset:
         train: the images that stitches are trained on.
         test: the images that accuracies are counted on.
         classes: how many different labels there are, 0 ... classes - 1.
+        class_names: one for every label, where they are known: names of folders, or labels that are texts.
+        whole: what it is a subset of; None: it is no subset.
     """
 
     name: str
     train: Split
     test: Split
     classes: int
+    class_names: tuple[str, ...] | None = None
+    whole: Whole | None = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -118,4 +134,4 @@ class Dataset:
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set on another device."""
-        return Dataset(self.name, self.train.to(device), self.test.to(device), self.classes)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
