@@ -14,9 +14,12 @@ from fastsitch.cli.options import (
     DatasetOption,
     DebugOption,
     DeviceOption,
+    HoldoutOption,
     RayOption,
     RootOption,
+    TestImagesOption,
     TrainDatasetOption,
+    TrainImagesOption,
     names,
     numbers,
 )
@@ -44,6 +47,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed of networks named without one.", rich_help_panel=DATA)] = 0,
     dataset: TrainDatasetOption = DEFAULT_DATASET,
     background: BackgroundOption = None,
+    holdout: HoldoutOption = None,
+    train_images: TrainImagesOption = None,
+    test_images: TestImagesOption = None,
     recipe: Annotated[
         NetworkRecipe,
         typer.Option(help="A one-cycle schedule, or the published recipe of 40 epochs.", rich_help_panel=TRAINING),
@@ -65,12 +71,15 @@ def train(
 ) -> None:
     """Train networks and save them."""
     import fastsitch
-    from fastsitch.data.background import shown_over
+    from fastsitch.data.dataset_name import with_options
 
+    named = with_options(
+        dataset, background=background, holdout=holdout, train_images=train_images, test_images=test_images
+    )
     with ProgressDisplay() as display:
         records = fastsitch.train(
             *networks,
-            dataset=shown_over(dataset, background),
+            dataset=named,
             width=width,
             epochs=epochs,
             seed=seed,
@@ -167,6 +176,9 @@ def add(
     ] = None,
     dataset: TrainDatasetOption = DEFAULT_DATASET,
     background: BackgroundOption = None,
+    holdout: HoldoutOption = None,
+    train_images: TrainImagesOption = None,
+    test_images: TestImagesOption = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the network that has the name.", rich_help_panel=DATA)
     ] = False,
@@ -177,10 +189,12 @@ def add(
 ) -> None:
     """Register a torchvision, timm or custom network under a name, with or without weights."""
     import fastsitch
-    from fastsitch.data.background import shown_over
+    from fastsitch.data.dataset_name import with_options
     from fastsitch.suggested_command import command
 
-    dataset = shown_over(dataset, background)
+    dataset = with_options(
+        dataset, background=background, holdout=holdout, train_images=train_images, test_images=test_images
+    )
     definition, record = fastsitch.add(
         name,
         source,
@@ -221,6 +235,9 @@ def precompute(
     networks: Annotated[list[str], typer.Argument(help="Trained networks, or controls such as R1111-random@0.")],
     dataset: DatasetOption = None,
     background: BackgroundOption = None,
+    holdout: HoldoutOption = None,
+    train_images: TrainImagesOption = None,
+    test_images: TestImagesOption = None,
     dtype: Annotated[StoredDtype, typer.Option(help="How numbers are stored.", rich_help_panel=FILES)] = "bf16",
     compress: Annotated[Compression, typer.Option(help="How stores are compressed.", rich_help_panel=FILES)] = "none",
     force: Annotated[
@@ -235,12 +252,15 @@ def precompute(
 ) -> None:
     """Run each network once and store its representations at every position."""
     import fastsitch
-    from fastsitch.data.background import shown_over
+    from fastsitch.data.dataset_name import with_options
 
+    named = with_options(
+        dataset, background=background, holdout=holdout, train_images=train_images, test_images=test_images
+    )
     with ProgressDisplay() as display:
         stores = fastsitch.precompute(
             *networks,
-            dataset=shown_over(dataset, background),
+            dataset=named,
             dtype=dtype,
             compress=compress,
             force=force,

@@ -51,6 +51,28 @@ BackgroundOption = Annotated[
         rich_help_panel=DATA,
     ),
 ]
+HoldoutOption = Annotated[
+    float | None,
+    typer.Option(
+        "--holdout",
+        help="Share of the images of a folder without split folders that are for the test, such as 0.2.",
+        show_default="split folders",
+        rich_help_panel=DATA,
+    ),
+]
+TrainImagesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--train-images",
+        help="Take so many training images, the same of every class as far as there are.",
+        show_default="all",
+        rich_help_panel=DATA,
+    ),
+]
+TestImagesOption = Annotated[
+    int | None,
+    typer.Option("--test-images", help="Take so many test images, likewise.", show_default="all", rich_help_panel=DATA),
+]
 TrainDatasetOption = Annotated[str, typer.Option("--dataset", help=_DATASETS, rich_help_panel=DATA)]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)]
 MemoryOption = Annotated[

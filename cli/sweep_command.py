@@ -18,9 +18,12 @@ from fastsitch.cli.options import (
     DebugOption,
     DeviceOption,
     DryRunOption,
+    HoldoutOption,
     MemoryOption,
     RayOption,
     RootOption,
+    TestImagesOption,
+    TrainImagesOption,
     whole_numbers,
 )
 from fastsitch.cli.progress_display import ProgressDisplay
@@ -65,6 +68,9 @@ def sweep(
     ] = None,
     dataset: DatasetOption = None,
     background: BackgroundOption = None,
+    holdout: HoldoutOption = None,
+    train_images: TrainImagesOption = None,
+    test_images: TestImagesOption = None,
     seeds: Annotated[
         str, typer.Option(help="Seeds of the stitches and of the order of images.", rich_help_panel=DATA)
     ] = "0",
@@ -170,7 +176,7 @@ def sweep(
     import fastsitch
     from fastsitch.cli.dry_run import show_estimate
     from fastsitch.cli.run_summary import summary
-    from fastsitch.data.background import shown_over
+    from fastsitch.data.dataset_name import with_options
     from fastsitch.planning.group_memory import memory_budget
     from fastsitch.runs.sweep_config import checked_run_name
 
@@ -195,7 +201,9 @@ def sweep(
         "resample": resample,
         "class_token": class_token,
     }
-    dataset = shown_over(dataset, background)
+    dataset = with_options(
+        dataset, background=background, holdout=holdout, train_images=train_images, test_images=test_images
+    )
     config = fastsitch.configure_sweep(senders, receivers, dataset=dataset, root=root, **options)
     name = checked_run_name(config.default_run_name if run is None else run)
     # what is wrong is said before anything else; how much is free does not matter to that

@@ -20,13 +20,13 @@ from fastsitch.machine import configure, resolve_device
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.add_network import NewNetwork, add_network
 from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record
+from fastsitch.networks.find_network import models_folder, not_trained
 from fastsitch.networks.model_source import ModelSource
 from fastsitch.networks.network_definition import Definition, require_defined
 from fastsitch.networks.train_network import NetworkTrainer, network_recipe
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
-from fastsitch.runs.inventory import infer_dataset
-from fastsitch.suggested_command import command
+from fastsitch.runs.inventory import chosen_dataset
 from fastsitch.vocabulary import DEFAULT_DATASET, Compression, NetworkRecipe, StoredDtype, require_whole
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def load_dataset(
 
     Args:
         name: ``fashion-mini`` (embedded), ``fashion-mnist``, ``cifar10``, ``cifar100``, one of these with ``:N`` for
-            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE`` or ``npz:FILE``.
+            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE`` or ``npz:FILE``; any of them
+            with ``@train=N`` or ``@test=N`` behind it for a class-balanced subset.
         data_dir: folder with the files of named data sets; None: ``data`` in the root.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
 
@@ -211,7 +212,7 @@ def precompute(
 
     Args:
         networks: trained networks, or controls such as ``R1111-random@0``.
-        dataset: None: the one data set in the root that has the networks.
+        dataset: None: the one data set in the root that has the networks; ``@train=N@test=N`` alone: a subset of it.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         compress: ``none`` or ``zstd``.
         force: replace stores that are stale or damaged.
@@ -234,7 +235,7 @@ def precompute(
     names = list(dict.fromkeys(NetworkName.parse(text) for text in networks))
     if not names:
         raise ConfigError("no network named: expected at least one, such as R1111")
-    data = canonical_dataset(dataset) if dataset else infer_dataset(folders, [str(name) for name in names])
+    data = chosen_dataset(folders, dataset, [str(name) for name in names])
     _require_trained(folders, data, names)
     make = partial(StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force)
     stores = []
@@ -246,16 +247,14 @@ def precompute(
 
 def _require_trained(root: Root, dataset: str, names: Sequence[NetworkName]) -> None:
     """Raise NetworkError with the exact command line when a network, or a control's namesake, was never trained."""
-    folder = root.models(dataset)
-    missing = [
-        NetworkName(name.architecture) if name.random else name
-        for name in names
-        if (namesake(folder, name) if name.random else read_record(folder, name)) is None
-    ]
+    missing = []
+    for name in names:
+        folder = models_folder(root, dataset, name)
+        if (namesake(folder, name) if name.random else read_record(folder, name)) is None:
+            missing.append(NetworkName(name.architecture) if name.random else name)
     if missing:
         require_defined(root, dataset, missing)
-        line = command("train", *missing, dataset=dataset, root=root.path)
-        raise NetworkError(f"not trained yet on {dataset}: {', '.join(map(str, missing))}; train first with\n  {line}")
+        raise NetworkError(not_trained(root, dataset, missing))
 
 
 _SMALLEST_STD = 1e-3

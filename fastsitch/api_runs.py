@@ -17,7 +17,7 @@ from fastsitch.planning.sweep_estimate import SweepEstimate, estimate_sweep
 from fastsitch.progress import Report, ignore
 from fastsitch.report.image_grids import require_images_replaceable, write_images
 from fastsitch.root import Root
-from fastsitch.runs.inventory import find_run, infer_dataset
+from fastsitch.runs.inventory import chosen_dataset, find_run
 from fastsitch.runs.output_source import source_of
 from fastsitch.runs.run import Run
 from fastsitch.runs.sweep_config import SweepConfig, SweepOptions, sweep_config
@@ -46,7 +46,7 @@ def configure_sweep(
         NetworkError: a name that no network can have.
     """
     names = [*separated(senders), *separated(receivers)]
-    chosen = dataset or infer_dataset(Root.at(root, activations=activations), names)
+    chosen = chosen_dataset(Root.at(root, activations=activations), dataset, names)
     return sweep_config(dataset=chosen, senders=senders, receivers=receivers, **options)
 
 
@@ -70,7 +70,7 @@ def sweep(
     Args:
         senders: networks to take representations from; lists may be texts with commas.
         receivers: networks to stitch into.
-        dataset: None: the one data set in the root that has the networks.
+        dataset: None: the one data set in the root that has the networks; ``@train=N@test=N`` alone: a subset of it.
         run: name of the run; None: from the configuration.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
         data_dir: folder with the files of data sets; None: ``data`` in the root.

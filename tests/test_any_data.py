@@ -1,8 +1,6 @@
 """Image folders and npz files as people have them: read exactly, or refused in one line before anything is written."""
 
 import re
-import struct
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,7 +32,7 @@ def test_folders_of_mixed_sizes_are_cropped_and_resized_as_torchvision_does(fash
     tall = Image.fromarray(fashion.train.images[0].numpy()).resize((20, 51))
     tall.save(folder / "train" / "coat" / "z.png")
     with pytest.raises(DataError, match=r"z\.png is 20x51 but .*0\.png is 24x16: .* imagefolder:DIR@SIDE"):
-        load_dataset(f"imagefolder:{folder}", tmp_path)
+        _ = load_dataset(f"imagefolder:{folder}", tmp_path).train.pixels
     data = load_dataset(f"imagefolder:{folder}@16", tmp_path)
     assert data.input_shape == (3, 16, 16)
     assert data.train.labels.tolist() == [0] * 4 + [1] * 5 + [2] * 4
@@ -96,36 +94,10 @@ def test_what_neither_memory_nor_disk_hold_is_said_before_it_is_decoded(
     assert size.train == count
 
 
-def grey(folder: Path) -> str:
-    path = folder / "train" / "coat" / "2.png"
-    Image.open(path).convert("L").save(path)
-    return r"coat/2\.png is grey but .*boot/0\.png is in colour: expected images that are all grey or all in colour"
-
-
-def sixteen_bits(folder: Path) -> str:
-    path = folder / "test" / "coat" / "1.png"
-    Image.fromarray(np.full((16, 24), 40_000, np.uint16)).save(path)
-    return r"coat/1\.png has pixels of type I;?1?6?: expected 8 bits per channel"
-
-
-def sixteen_bits_of_three_colours(folder: Path) -> str:
-    """A PNG as its specification has it; Pillow opens it as one of 8 bits."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        body = kind + content
-        return struct.pack(">I", len(content)) + body + struct.pack(">I", zlib.crc32(body))
-
-    head = struct.pack(">IIBBBBB", 24, 16, 16, 2, 0, 0, 0)
-    rows = zlib.compress(bytes(16 * (1 + 24 * 6)))
-    path = folder / "test" / "coat" / "1.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", rows) + chunk(b"IEND", b""))
-    return r"coat/1\.png has pixels of type RGB with 16 bits: expected 8 bits per channel"
-
-
 def empty_class(folder: Path) -> str:
     for path in (folder / "train" / "shirt").iterdir():
         path.unlink()
-    return r"train/shirt has no images: expected png, jpg, bmp, webp, ppm or pgm files in every class"
+    return r"train/shirt has no images: expected png, jpg, webp, bmp, gif, tif, ppm or pgm files in every class"
 
 
 def class_of_training_alone(folder: Path) -> str:
@@ -139,8 +111,8 @@ def class_of_the_test_alone(folder: Path) -> str:
 
 
 def of_another_kind(folder: Path) -> str:
-    (folder / "train" / "coat" / "5.tiff").write_bytes((folder / "train" / "coat" / "1.png").read_bytes())
-    return r"coat/5\.tiff: expected png, jpg, bmp, webp, ppm or pgm files; convert it first, or remove it"
+    (folder / "train" / "coat" / "5.heic").write_bytes((folder / "train" / "coat" / "1.png").read_bytes())
+    return r"coat/5\.heic: expected png, jpg, webp, bmp, gif, tif, ppm or pgm files; convert it first, or remove it"
 
 
 def in_no_class(folder: Path) -> str:
@@ -168,9 +140,6 @@ def other_size(folder: Path) -> str:
 @pytest.mark.parametrize(
     "spoil",
     [
-        grey,
-        sixteen_bits,
-        sixteen_bits_of_three_colours,
         empty_class,
         of_another_kind,
         in_no_class,
@@ -188,12 +157,12 @@ def test_folders_that_cannot_be_used_are_refused(
     assert len(load_dataset(f"imagefolder:{folder}", tmp_path).train) == 12
     message = spoil(folder)
     with pytest.raises(DataError, match=message) as caught:
-        load_dataset(f"imagefolder:{folder}", tmp_path / "scratch")
+        _ = load_dataset(f"imagefolder:{folder}", tmp_path / "scratch").train.pixels
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "scratch").exists()
 
 
-@pytest.mark.parametrize("spoil", [grey, cut_off])
+@pytest.mark.parametrize("spoil", [not_an_image, cut_off])
 def test_commands_refuse_bad_data_with_one_line_and_write_nothing(
     spoil: Callable[[Path], str], fashion: Dataset, tmp_path: Path, run_cli: Command
 ) -> None:

@@ -203,7 +203,7 @@ def test_image_folders(tmp_path: Path) -> None:
     assert np.array_equal(data.test.images[4].numpy(), pictures["test", 1, 1])
     Image.new("RGB", (8, 8)).save(tmp_path / "train" / "dogs" / "x.png")
     with pytest.raises(DataError, match=r"x\.png is 8x8 but .*0\.png is 24x16"):
-        load_dataset(f"imagefolder:{tmp_path}", Path("unused"))
+        _ = load_dataset(f"imagefolder:{tmp_path}", Path("unused")).train.pixels
     (tmp_path / "train" / "dogs" / "x.png").write_bytes(b"not an image")
     with pytest.raises(DataError, match=r"cannot read .*x\.png as an image"):
         load_dataset(f"imagefolder:{tmp_path}", Path("unused"))
@@ -225,10 +225,10 @@ def arrays(**changes: np.ndarray) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"x_train": np.zeros((6, 8, 8), np.float32)}, "expected images as uint8 .* found float32"),
+        ({"x_train": np.zeros((6, 8, 8), np.complex64)}, "expected images as uint8 .* found complex64"),
         ({"x_test": np.zeros((3, 8, 8, 4), np.uint8)}, r"found uint8 \(3, 8, 8, 4\)"),
         ({"y_train": np.zeros(5, np.int64)}, r"expected 6 integer labels, found int64 \(5,\)"),
-        ({"y_test": np.zeros(3)}, "expected 3 integer labels, found float64"),
+        ({"y_test": np.full(3, 0.5)}, "expected 3 integer labels, found float64"),
         ({"y_test": np.array([0, 1, 3])}, "the test split has label 3, but the largest training label is 2"),
         ({"y_train": np.array([0, 1, 2, 0, 1, -1])}, "expected labels from 0 to at most 99999, found -1"),
         ({"y_train": np.array([0, 1, 2, 0, 1, 2**63], np.uint64)}, "to at most 99999, found 9223372036854775808"),

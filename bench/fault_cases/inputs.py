@@ -24,13 +24,20 @@ Arrays = dict[str, NDArray[Any]]
 _CHANGES: dict[str, Callable[[Arrays], Arrays]] = {
     "no x_train": lambda arrays: {name: array for name, array in arrays.items() if name != "x_train"},
     "no y_test": lambda arrays: {name: array for name, array in arrays.items() if name != "y_test"},
-    "names in capitals": lambda arrays: {name.upper(): array for name, array in arrays.items()},
+    "unknown names": lambda arrays: {f"my_{name}": array for name, array in arrays.items()},
+    "two names": lambda arrays: {
+        **{name: array for name, array in arrays.items() if name != "x_train"},
+        **{name: arrays["x_train"] for name in ("train_images", "images_train")},
+    },
     "float images": lambda arrays: {**arrays, "x_train": arrays["x_train"].astype(np.float32)},
-    "int64 images": lambda arrays: {**arrays, "x_test": arrays["x_test"].astype(np.int64)},
+    "images beyond bytes": lambda arrays: {**arrays, "x_test": arrays["x_test"].astype(np.int64) * 2},
+    "normalised images": lambda arrays: {
+        name: array / 127.5 - 1 if array.ndim > 1 else array for name, array in arrays.items()
+    },
     "bool images": lambda arrays: {**arrays, "x_train": arrays["x_train"] > 99},
     "complex images": lambda arrays: {**arrays, "x_train": arrays["x_train"].astype(complex)},
     "flat images": lambda arrays: {**arrays, "x_train": arrays["x_train"].reshape(160, -1)},
-    "channels first": lambda arrays: {**arrays, "x_train": np.stack(3 * [arrays["x_train"]], 1)},
+    "channels at both ends": lambda arrays: {**arrays, "x_train": arrays["x_train"][:, :3, :, None]},
     "four channels": lambda arrays: {**arrays, "x_train": np.stack(4 * [arrays["x_train"]], -1)},
     "two channels": lambda arrays: {**arrays, "x_test": np.stack(2 * [arrays["x_test"]], -1)},
     "another size for tests": lambda arrays: {**arrays, "x_test": arrays["x_test"][:, :20, :20]},
@@ -38,8 +45,11 @@ _CHANGES: dict[str, Callable[[Arrays], Arrays]] = {
     "images without pixels": lambda arrays: {**arrays, "x_train": arrays["x_train"][:, :, :0]},
     "a scalar": lambda arrays: {**arrays, "x_train": np.uint8(3)},  # type: ignore[dict-item]
     "fewer labels": lambda arrays: {**arrays, "y_train": arrays["y_train"][:-1]},
-    "labels in rows": lambda arrays: {**arrays, "y_train": arrays["y_train"][:, None]},
-    "float labels": lambda arrays: {**arrays, "y_train": arrays["y_train"].astype(float)},
+    "two ones in a row": lambda arrays: {
+        name: array if array.ndim > 1 else np.eye(10)[array] + np.eye(10)[0] for name, array in arrays.items()
+    },
+    "labels of two kinds": lambda arrays: {**arrays, "y_train": np.eye(10)[arrays["y_train"]]},
+    "half labels": lambda arrays: {**arrays, "y_train": arrays["y_train"] / 2},
     "NaN labels": lambda arrays: {**arrays, "y_test": arrays["y_test"] * np.nan},
     "text labels": lambda arrays: {**arrays, "y_train": arrays["y_train"].astype(str)},
     "object labels": lambda arrays: {**arrays, "y_train": arrays["y_train"].astype(object)},
@@ -125,6 +135,11 @@ def _repainted(path: Path, draw: random.Random, name: str, **options: Any) -> st
     return name
 
 
+def _floats(path: Path) -> str:
+    Image.new("F", (16, 16)).save(path)
+    return path.name
+
+
 def _looped(folder: Path) -> str:
     (folder / "again").symlink_to(folder)
     return "again"
@@ -136,8 +151,8 @@ _SPOILED: dict[str, Callable[[Path, str, Path, bytes, random.Random], str]] = {
     "empty": lambda folder, split, image, content, draw: _write(image, b""),
     "text": lambda folder, split, image, content, draw: _write(image, b"no image\n"),
     "another size": lambda folder, split, image, content, draw: _repainted(image, draw, "1.png", size=(24, 16)),
-    "grey among colours": lambda folder, split, image, content, draw: _repainted(image, draw, "grey", mode="L"),
-    "a tiff": lambda folder, split, image, content, draw: _renamed(image, image.with_suffix(".tiff")),
+    "a heic": lambda folder, split, image, content, draw: _renamed(image, image.with_suffix(".heic")),
+    "floats": lambda folder, split, image, content, draw: _floats(image.with_suffix(".tiff")),
     "outside of classes": lambda folder, split, image, content, draw: _renamed(image, folder / split / "x.png"),
     "an empty class": lambda folder, split, image, content, draw: _renamed(
         image.parent, folder / split / ".coat", "coat"

@@ -46,6 +46,19 @@ _NO_DATA = (
     *("fashion-mini:0", "fashion-mini:-5", "fashion-mini:99999999", "fashion-mini:x", "fashion-mini:1_0"),
     *("fashion-mini:\u0665", "fashion-mini:007", "fashion-mini:", "NPZ:few.npz", "npz:few.npz@32", "few.npz"),
     *("imagefolder:root", "imagefolder:none@32", "cifar10:0", "cifar100:50001", "npz:/dev/null"),
+    *("fashion-mini@train=0", "fashion-mini@train=x", "fashion-mini@64", "fashion-mini@train=5", "cifar10@"),
+    *(
+        "fashion-mini@test=20@test=30",
+        "fashion-mini@train=10001",
+        "fashion-mini@test=\u0665",
+        "npz:few.npz@train=99999",
+    ),
+    *(
+        "fashion-mini@holdout=0.2",
+        "npz:few.npz@holdout=0.2",
+        "imagefolder:none@holdout=2",
+        "imagefolder:root@holdout=.2",
+    ),
     *ODD,
 )
 _NO_FOLDER = ("", "few.npz", "few.npz/below", "mine.py/a/b", "/dev/null", "/proc/x/y", "f" * 300, "/dev/null/x")
@@ -60,6 +73,8 @@ WRONG: dict[str, tuple[str, ...]] = {
     "whole from 1": (*_NO_NUMBER, "1.5", "nan", "inf", "-1", "0", "1e3"),
     "small": (*_NO_NUMBER, "1.5", "nan", "inf", "-1", "0", "1e3", _BIG, "100001"),
     "huge": (*_NO_NUMBER, "1.5", "nan", "inf", "-1", "0", "1e3", _BIG),
+    "images": (*_NO_NUMBER, "1.5", "nan", "inf", "-1", "0", "1e3", _BIG, "10001"),
+    "share": (*_NO_NUMBER, "0", "1", "-0.2", "2", "nan", "inf", "0.2"),
     "eights": (*_NO_NUMBER, "7", "-8", "0", "12", "1.5", "8e1"),
     "number": (*_NO_NUMBER, "nan", "inf", "-inf", "-1", "0", "1e400", "-0.0", "1e-400"),
     "sides": (*_NO_NUMBER, "0", "8x", "x8", "8x8x8", "-8", "99999", "8X8", "8 x 8", "0x0", "1.5", "nan"),
@@ -128,6 +143,8 @@ class Line:
     """Whether it takes no time as it is."""
 
 
+_PARTS = {"--background": "colour", "--holdout": "share", "--train-images": "images", "--test-images": "images"}
+"""Of data sets that are no folders: what has images of a folder alone is wrong with every value."""
 _COMMON = {"--root": "folder", "--device": "device"}
 _RUN = {"--dataset": "data of the run", "--root": "folder"}
 _STITCHES = {
@@ -138,27 +155,27 @@ LINES: dict[str, Line] = {
     "train": Line(
         ("train", "R1111", *TRAIN[3:]),
         {**_COMMON, "--width": "small", "--resolution": "eights", "--seed": "whole", "--dataset": "data"}
-        | {"--background": "colour", "--recipe": NetworkRecipe, "--epochs": "whole from 1"},
+        | {**_PARTS, "--recipe": NetworkRecipe, "--epochs": "whole from 1"},
         positional=((1, "network"),),
     ),
     "add": Line(
         ("add", "fresh", "--from", "mine.py:small", *DATA, *ROOT),
         {**_COMMON, "--from": "source", "--weights": "weights", "--positions": "cut", "--layout": "layout"}
         | {"--classes": "small", "--mean": "mean", "--std": "std", "--resolution": "sides", "--dataset": "data"}
-        | {"--background": "colour"},
+        | _PARTS,
         positional=((1, "new network"),),
         required=("--from",),
     ),
     "precompute": Line(
         ("precompute", "R1111", *ROOT),
         {**_COMMON, "--dataset": "data", "--dtype": StoredDtype, "--compress": Compression, "--activations": "stores"}
-        | {"--ray": "address", "--background": "colour"},
+        | {"--ray": "address", **_PARTS},
         positional=((1, "trained"),),
     ),
     "sweep": Line(
         (*SWEEP, "--run", "run"),
         {**_STITCHES, "--senders": "names", "--receivers": "names", "--positions": "positions", "--dataset": "data"}
-        | {"--background": "colour"}
+        | _PARTS
         | {"--lr": "number", "--optimizer": Optimizer, "--batch-size": "small", "--loss": Loss, "--init": Init}
         | {"--resample": Resample, "--class-token": ClassToken, "--group-size": "group", "--source": SourceName}
         | {"--precision": Precision, "--kernel": Kernel, "--compile": Compile, "--run": "new run"}

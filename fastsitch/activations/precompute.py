@@ -21,6 +21,7 @@ from fastsitch.folders import FolderLike, as_folder
 from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import Network, load_network, require_fit
+from fastsitch.networks.find_network import models_folder
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.root import Root
@@ -118,7 +119,7 @@ class StoreMaker:
     def __call__(self, name: NetworkName, report: Report = ignore) -> tuple[ActivationStore, bool]:
         """The store of a network, and whether it was made now; ``report`` gets the images done."""
         path = self._root.store(self._dataset.name, name)
-        network = load_network(self._root.models(self._dataset.name), name)
+        network = load_network(models_folder(self._root, self._dataset.name, name), name)
         return ensure_store(path, self._dataset, network, device=self._device, report=report, **self._options)
 
 

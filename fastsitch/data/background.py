@@ -1,11 +1,6 @@
 """What shows where an image is transparent: a colour by name, or as #RRGGBB."""
 
 import re
-from typing import TypeVar
-
-from fastsitch.errors import ConfigError, argument
-
-Name = TypeVar("Name", str, str | None)
 
 BLACK = "black"
 
@@ -27,20 +22,3 @@ def rgb(colour: str) -> tuple[int, int, int]:
     """Red, green and blue of a colour, 0 to 255."""
     code = int(_NAMED.get(colour, colour)[1:], 16)
     return code >> 16, code >> 8 & 255, code & 255
-
-
-def shown_over(dataset: Name, background: str | None) -> Name:
-    """The name of a data set of images that are shown over a colour; raises ConfigError unless it is an image folder.
-
-    Without a background the name as it is.
-    """
-    if background is None:
-        return dataset
-    if not is_colour(background):
-        raise ConfigError(f"{argument('background', background)}: expected black, white, grey or #RRGGBB")
-    if dataset is None or not dataset.startswith("imagefolder:"):
-        raise ConfigError(
-            f"{argument('background', background)}: only images of a folder can be transparent; name it with "
-            f"{argument('dataset', 'imagefolder:DIR')}"
-        )
-    return f"{dataset}@{canonical_colour(background)}"

@@ -75,6 +75,18 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The data set that a subset was taken from: its name, its hash, and whether all of its test images were taken.
+
+    The hash is None where images that were not taken are never decoded.
+    """
+
+    name: str
+    hash: str | None
+    all_tested: bool
+
+
+@dataclass(frozen=True)
 class Dataset:
     """A data set, in memory.
 
@@ -83,7 +95,8 @@ class Dataset:
         train: the images that stitches are trained on.
         test: the images that accuracies are counted on.
         classes: how many different labels there are, 0 ... classes - 1.
-        class_names: what the labels stand for, where that is known.
+        class_names: one for every label, where they are known: names of folders, or labels that are texts.
+        whole: what it is a subset of; None: it is no subset.
         files_hash: of images in files: sha256 over their names, labels and bytes.
     """
 
@@ -92,6 +105,7 @@ class Dataset:
     test: Split
     classes: int
     class_names: tuple[str, ...] | None = None
+    whole: Whole | None = None
     files_hash: str | None = None
 
     @property

@@ -6,17 +6,15 @@ import math
 import pickle
 import pickletools
 import struct
-import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy._core.multiarray as _multiarray
 import torch
 from numpy.typing import NDArray
 
-from fastsitch.checked_files import NPZ_ERRORS
 from fastsitch.errors import DataError
 from fastsitch.machine import available_memory
 
@@ -122,42 +120,6 @@ def _require_small_memo(pickled: bytes) -> None:
     for step, argument, _ in pickletools.genops(pickled):
         if step.name in ("PUT", "BINPUT", "LONG_BINPUT") and not 0 <= int(str(argument)) <= len(pickled):
             raise pickle.UnpicklingError(f"place {argument} in a file of {len(pickled)} bytes")
-
-
-def read_npz(path: Path) -> tuple[Arrays, Arrays]:
-    """Training and test split of an npz file with x_train, y_train, x_test, y_test; raises DataError."""
-    if not path.is_file():
-        problem = "is no regular file" if path.exists() else "does not exist"
-        raise DataError(f"{path} {problem}: expected an npz file with x_train, y_train, x_test and y_test")
-    try:
-        with path.open("rb") as stream:
-            _require_room(stream, path)
-            file = np.load(stream, allow_pickle=False)
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise DataError(f"{path} is a single array: expected an npz file with x_train, y_train, x_test, y_test")
-            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
-    except KeyError as error:
-        raise DataError(f"{path} lacks an array ({error.args[0]}): expected x_train, y_train, x_test, y_test") from None
-    except NPZ_ERRORS as error:
-        raise DataError(f"cannot read {path} as npz without pickles ({error})") from None
-    train = checked(arrays["x_train"], arrays["y_train"], f"{path}, training split")
-    test = checked(arrays["x_test"], arrays["y_test"], f"{path}, test split")
-    first, second = (arrays[name].shape[1:3] for name in ("x_train", "x_test"))
-    if padding(*first) != padding(*second):
-        raise DataError(f"{path}: training images are {first}, test images {second}: expected one size")
-    return train, test
-
-
-def _require_room(stream: IO[bytes], path: Path) -> None:
-    """Raise DataError where the arrays of an archive would not fit into memory, whatever their headers say."""
-    if not zipfile.is_zipfile(stream):
-        stream.seek(0)
-        return
-    with zipfile.ZipFile(stream) as archive:
-        size = sum(member.file_size for member in archive.infolist())
-    if size > (room := available_memory(torch.device("cpu"))):
-        raise DataError(f"{path} holds {size / 1e9:.1f} GB of arrays, {room / 1e9:.1f} GB of memory are free")
-    stream.seek(0)
 
 
 def padding(height: int, width: int) -> int:

@@ -3,48 +3,29 @@
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 
-from fastsitch.data.background import BLACK, rgb
+from fastsitch.data.dataset_name import DatasetName
 from fastsitch.data.file_formats import Arrays, padding
+from fastsitch.data.folder_splits import FolderSplit, find_splits
 from fastsitch.data.image_files import ImageFiles, files_hash
+from fastsitch.data.picture_modes import as_rgb, has_alpha, opened, require_known_pixels, upright_size
 from fastsitch.errors import DataError, MemoryLimitError, argument
 from fastsitch.files import free_space, naming
 from fastsitch.machine import available_memory
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm")
-_OTHER_SUFFIXES = (".tif", ".tiff", ".gif", ".jfif", ".avif", ".heic", ".jp2")
-"""Images too, but of formats that are not read: they are refused, not silently left out."""
-
-_KINDS = "png, jpg, bmp, webp, ppm or pgm"
-
 MEMORY_SHARE = 0.5
 """Share of the free memory that pixels may take; beyond it they are kept in a file on disk that only this process sees
 and that is gone when it ends."""
-
-_ORIENTATION = 0x0112
-"""The EXIF tag."""
-
-_GREY = ("1", "L", "LA")
-_COLOUR = ("RGB", "RGBA", "P", "PA", "CMYK", "YCbCr")
-
-
-@dataclass(frozen=True)
-class FolderSplit:
-    """The files of one split and their labels, by class and path."""
-
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -55,13 +36,11 @@ class ImageFolder:
     to it (bilinear with antialias) and cropping the centre. None: they have several sizes.
     """
 
-    path: Path
+    name: DatasetName
     train: FolderSplit
     test: FolderSplit
     classes: tuple[str, ...]
     size: tuple[int, int] | None
-    side: int | None
-    background: str = BLACK
     sizes: str = ""
     """Of two images that differ in size."""
 
@@ -81,31 +60,21 @@ class ImageFolder:
         return 3 * height * width * (len(self.train.files) + len(self.test.files))
 
     @classmethod
-    def scan(cls, path: Path, side: int | None = None, background: str = BLACK) -> "ImageFolder":
-        """Check ``path/train`` and ``path/test``, one folder per class in each.
+    def scan(cls, name: DatasetName) -> "ImageFolder":
+        """Find the images of a folder with their classes, and look at the heads of those that are taken.
 
-        Raises DataError, naming the file where there is one, for classes that are empty or not in both, and for images
-        that cannot be opened, are not all grey or all in colour, have more than 8 bits per channel, or, without
-        ``side``, more than one size.
+        Raises DataError, naming the file where there is one, for splits and classes that do not fit (see
+        :func:`find_splits`), too few images for the subset, and images that cannot be opened, have pixels of another
+        kind than 8 or 16 bits or, without a side, more than one size.
         """
-        for split in ("train", "test"):
-            if not (path / split).is_dir():
-                raise DataError(
-                    f"{path} has no folder {split}/: expected train/ and test/, one folder per class in each"
-                )
-        classes, tested = (_class_names(path / split) for split in ("train", "test"))
-        for split, names, other, others in (("test", tested, "train", classes), ("train", classes, "test", tested)):
-            extra = [name for name in names if name not in others]
-            if extra:
-                raise DataError(
-                    f"{path / split} has classes that {other}/ lacks: {', '.join(extra)}; expected the same class "
-                    "folders in both"
-                )
-        for split in ("train", "test"):
-            _require_only_classes(path / split)
-        train, test = (_files(path / split, classes) for split in ("train", "test"))
-        size, sizes = _common_size([*train.files, *test.files], side, background)
-        return cls(path, train, test, classes, size, side, background, sizes)
+        assert name.path is not None
+        train, test, classes = find_splits(name.path, name.holdout)
+        train, test = (
+            split.some(which, name.subset, len(classes), str(name))
+            for which, split in (("train", train), ("test", test))
+        )
+        size, sizes = _common_size([*train.files, *test.files], name)
+        return cls(name, train, test, classes, size, sizes)
 
     def files(self) -> tuple[ImageFiles, ImageFiles]:
         """The images as they lie in their files, training and test; none is decoded yet."""
@@ -114,8 +83,9 @@ class ImageFolder:
 
     def hash(self) -> str:
         """sha256 over the names, labels and bytes of all files."""
+        assert self.name.path is not None
         files = [*self.train.files, *self.test.files]
-        names = [file.relative_to(self.path).as_posix() for file in files]
+        names = [file.relative_to(self.name.path).as_posix() for file in files]
         return files_hash(files, names, [*self.train.labels, *self.test.labels])
 
     def read(self, scratch: Path) -> tuple[Arrays, Arrays]:
@@ -130,11 +100,11 @@ class ImageFolder:
         where = f"a scratch file in {scratch}" if on_disk else "memory"
         if on_disk and self.bytes > free_space(scratch):
             raise MemoryLimitError(
-                f"{self.path}: {self._described}, but {limit / 1e9:.1f} GB of memory may be used and "
+                f"{self.name.path}: {self._described}, but {limit / 1e9:.1f} GB of memory may be used and "
                 f"{free_space(scratch) / 1e9:.1f} GB of disk are free in {scratch}: use smaller images "
                 f"(imagefolder:DIR@SIDE), fewer of them, or another {argument('data_dir')}"
             )
-        log.info("%s: %s, decoded into %s", self.path, self._described, where)
+        log.info("%s: %s, decoded into %s", self.name.path, self._described, where)
         train, test = (self._read(split, scratch if on_disk else None) for split in (self.train, self.test))
         return train, test
 
@@ -161,136 +131,51 @@ class ImageFolder:
 
     def _picture(self, file: Path) -> Image.Image:
         """Upright and in three channels."""
-        with _opened(file) as picture:
-            return _opaque(ImageOps.exif_transpose(picture), self.background)
+        with opened(file) as picture:
+            return as_rgb(picture, self.name.background)
 
     def _shown(self, picture: Image.Image) -> Image.Image:
-        if self.side is None:
+        side = self.name.side
+        if side is None:
             return picture
         from torchvision.transforms.v2 import functional
 
-        shown: Image.Image = functional.center_crop(functional.resize(picture, [self.side]), [self.side])
+        shown: Image.Image = functional.center_crop(functional.resize(picture, [side]), [side])
         return shown
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
-    """The folders in it, except hidden ones."""
-    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
-
-
-def _require_only_classes(folder: Path) -> None:
-    """Raise DataError for an image outside of all class folders, whose absence nobody would notice."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in SUFFIXES + _OTHER_SUFFIXES and path.is_file() and not path.name.startswith("."):
-            raise DataError(f"{path} is in no class folder: expected one folder per class in {folder}")
-
-
-def _visible_files(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
-    """All files in a folder and those in it, but none whose name, or whose folder's, begins with a dot.
-
-    Linked folders are followed; raises DataError for one that leads back to a folder ``above`` it.
-    """
-    real = folder.resolve()
-    if real in above:
-        raise DataError(f"{folder} is a link to a folder that it is in: remove it")
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _visible_files(path, (*above, real))
-        elif path.is_file():
-            yield path
-        elif path.suffix.lower() in SUFFIXES + _OTHER_SUFFIXES:
-            raise DataError(f"{path} is no regular file, nor a link to one: expected an image; remove it")
-
-
-def _files(folder: Path, classes: tuple[str, ...]) -> FolderSplit:
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(_visible_files(folder / name, ()))
-        images = [path for path in found if path.suffix.lower() in SUFFIXES]
-        for path in found:
-            if path.suffix.lower() in _OTHER_SUFFIXES:
-                raise DataError(f"{path}: expected {_KINDS} files; convert it first, or remove it")
-        if not images:
-            raise DataError(f"{folder / name} has no images: expected {_KINDS} files in every class")
-        files += images
-        labels += [label] * len(images)
-    if not files:
-        raise DataError(f"{folder} has no images: expected one folder per class with {_KINDS} files")
-    return FolderSplit(tuple(files), tuple(labels))
-
-
-def _common_size(files: list[Path], side: int | None, background: str) -> tuple[tuple[int, int] | None, str]:
-    """Height and width of all images, or None and a line on two that differ; raises DataError for other pixels."""
+def _common_size(files: Sequence[Path], name: DatasetName) -> tuple[tuple[int, int] | None, str]:
+    """Height and width of all images, or None and a line on two that differ."""
     sizes = ""
-    first: tuple[Path, tuple[int, int], bool] | None = None
+    first: tuple[Path, tuple[int, int]] | None = None
     transparent: list[Path] = []
+    moving: list[Path] = []
     for file in files:
-        with _opened(file) as picture:
-            size, mode = _upright_size(picture), picture.mode
-            # Pillow would drop the lower half of the bits of coloured images
-            deep = any(";16" in str(tile[3]) for tile in getattr(picture, "tile", ()))
-            if _has_alpha(picture):
+        with opened(file) as picture:
+            size = upright_size(picture)
+            require_known_pixels(picture, file)
+            if has_alpha(picture):
                 transparent.append(file)
-        if mode not in _GREY + _COLOUR or deep:
-            kind = f"{mode} with 16 bits" if mode in _COLOUR else mode
-            raise DataError(f"{file} has pixels of type {kind}: expected 8 bits per channel; convert it first")
-        grey = mode in _GREY
+            # after the rest: to tell, Pillow looks for the second frame
+            if getattr(picture, "is_animated", False):
+                moving.append(file)
         if first is None:
-            first = (file, size, grey)
-        if grey != first[2]:
-            kinds = {True: "grey", False: "in colour"}
-            raise DataError(
-                f"{file} is {kinds[grey]} but {first[0]} is {kinds[first[2]]}: expected images that are all grey or "
-                "all in colour; convert them first"
-            )
-        if side is None and size != first[1] and not sizes:
+            first = (file, size)
+        if name.side is None and size != first[1] and not sizes:
             sizes = f"{file} is {size[0]}x{size[1]} but {first[0]} is {first[1][0]}x{first[1][1]}"
     if transparent:
         log.info(
             "%d images may be transparent, such as %s: they are shown over %s (--background)",
             len(transparent),
             transparent[0],
-            background,
+            name.background,
         )
+    if moving:
+        log.info("%d images have more than one frame, such as %s: the first is taken", len(moving), moving[0])
     assert first is not None
-    if side is not None:
-        return (side, side), ""
+    if name.side is not None:
+        return (name.side, name.side), ""
     return (None, sizes) if sizes else ((first[1][1], first[1][0]), "")
-
-
-def _upright_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height as the image is to be seen: cameras note how they were held."""
-    width, height = picture.size
-    # of a PNG whose header has no tags Pillow would decode the pixels to look for some behind them
-    tags = picture.getexif() if picture.format != "PNG" or "exif" in picture.info else {}
-    turned = tags.get(_ORIENTATION, 1) in (5, 6, 7, 8)
-    return (height, width) if turned else (width, height)
-
-
-def _has_alpha(picture: Image.Image) -> bool:
-    return picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info
-
-
-def _opaque(picture: Image.Image, background: str) -> Image.Image:
-    """In three channels; what is transparent shows the background."""
-    if not _has_alpha(picture):
-        return picture.convert("RGB")
-    behind = Image.new("RGBA", picture.size, (*rgb(background), 255))
-    return Image.alpha_composite(behind, picture.convert("RGBA")).convert("RGB")
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    """An image file; whatever is wrong with it, also while it is decoded later, is a DataError that names it."""
-    try:
-        with Image.open(file) as picture:
-            yield picture
-    # what Pillow's decoders raise for broken files
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {file} as an image ({error})") from None
 
 
 def _array_on_disk(shape: tuple[int, ...], folder: Path) -> NDArray[np.uint8]:

@@ -10,6 +10,7 @@ from fastsitch.errors import NetworkError
 from fastsitch.machine import DTYPES, available_memory, configure, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import namesake, read_record
+from fastsitch.networks.find_network import models_folder, not_trained
 from fastsitch.networks.network_definition import require_defined
 from fastsitch.planning.group_memory import memory_budget
 from fastsitch.planning.resolve_auto import resolve
@@ -21,7 +22,6 @@ from fastsitch.runs.run_record import Resolved, RunRecord
 from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.runs.sweep_plan import SweepPlan
 from fastsitch.runs.workbench import Networks, Workbench
-from fastsitch.suggested_command import command
 
 log = logging.getLogger(__name__)
 
@@ -119,19 +119,16 @@ class Preparation:
 
 def require_networks(root: Root, config: SweepConfig) -> None:
     """Raise NetworkError with the exact command line when a network of the sweep was never trained."""
-    folder = root.models(config.dataset)
+    dataset = config.dataset
     for name in config.networks:
         if name.random:
             # refuses controls that would be ambiguous
-            namesake(folder, name)
+            namesake(models_folder(root, dataset, name), name)
     trained = map(NetworkName.parse, (*config.senders, *config.receivers))
-    names = sorted({name for name in trained if read_record(folder, name) is None})
+    names = sorted({name for name in trained if read_record(models_folder(root, dataset, name), name) is None})
     if names:
-        require_defined(root, config.dataset, names)
-        line = command("train", *names, dataset=config.dataset, root=root.path)
-        raise NetworkError(
-            f"not trained yet on {config.dataset}: {', '.join(map(str, names))}; train first with\n  {line}"
-        )
+        require_defined(root, dataset, names)
+        raise NetworkError(not_trained(root, dataset, names))
 
 
 def _describe(resolved: Resolved) -> str:

@@ -218,7 +218,10 @@ def _control(folder: Path, name: NetworkName) -> Network:
 
 
 def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
-    """Raise NetworkError unless the data set is exactly the one that the network was trained on."""
+    """Raise NetworkError unless the data set is exactly the one that the network was trained on, or a subset of it.
+
+    Whether a whole image folder is as it was is not known where only a subset is read.
+    """
     # an added network may know more classes than the data set has
     fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
     if record.input_shape[0] != dataset.channels or not fits:
@@ -226,7 +229,14 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
             f"{record.name} was built for images of {record.input_shape[0]} channels and {record.classes} classes, but "
             f"{dataset.name} has {dataset.channels} and {dataset.classes}: {_TRAIN_AGAIN}"
         )
-    if record.data_hash != dataset.hash:
+    known = dataset.hash
+    if dataset.whole is not None and record.dataset == dataset.whole.name:
+        if dataset.whole.hash is None:
+            # what was not taken of a folder is not decoded either
+            return
+        known = dataset.whole.hash
+    if record.data_hash != known:
         given = argument("pretrained", True) if "pretrained" in record.recipe else f"the same {argument('weights')}"
         remedy = f"add it again with {given}" if "weights" in record.recipe else _TRAIN_AGAIN
-        raise NetworkError(f"{dataset.name} has changed since {record.name} was trained on it: {remedy}")
+        name = dataset.name if known == dataset.hash else record.dataset
+        raise NetworkError(f"{name} has changed since {record.name} was trained on it: {remedy}")

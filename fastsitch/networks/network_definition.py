@@ -22,6 +22,7 @@ from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.errors import ConfigError, NetworkError, argument
 from fastsitch.files import write_json
 from fastsitch.network_names import NetworkName
+from fastsitch.networks.find_network import definitions_folder
 from fastsitch.networks.model_source import ModelSource, foreign_code
 from fastsitch.root import Root
 from fastsitch.typed_fields import typed
@@ -223,7 +224,7 @@ def require_defined(root: Root, dataset: str, names: Iterable[NetworkName]) -> N
     """Raise NetworkError when one of these networks is neither built in nor added to the data set."""
     for name in names:
         if not name.built_in:
-            require_definition(root.networks(dataset), name.architecture)
+            require_definition(definitions_folder(root, dataset, name.architecture), name.architecture)
 
 
 def _differ_with_the_seed(name: str, module: nn.Module, other: nn.Module) -> bool:

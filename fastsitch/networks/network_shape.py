@@ -6,6 +6,7 @@ from fastsitch.chains.layout import Shape
 from fastsitch.data import DatasetSize
 from fastsitch.network_names import BLOCKS, NetworkName
 from fastsitch.networks.checkpoint import namesake, read_record
+from fastsitch.networks.find_network import definitions_folder, models_folder
 from fastsitch.networks.network_definition import require_definition
 from fastsitch.networks.resnet import position_shapes, resnet_flops
 from fastsitch.root import Root
@@ -29,7 +30,7 @@ def network_shape(root: Root, dataset: str, name: NetworkName, *, width: int, da
     A small ResNet that is not trained yet is taken to have ``width`` channels in its first stage. Raises NetworkError
     for a name that is neither built in nor added.
     """
-    folder = root.models(dataset)
+    folder = models_folder(root, dataset, name)
     record = namesake(folder, name) if name.random else read_record(folder, name)
     positions: list[tuple[str, Shape]]
     if name.built_in:
@@ -41,7 +42,7 @@ def network_shape(root: Root, dataset: str, name: NetworkName, *, width: int, da
     else:
         definition = None if record is None else record.definition
         if definition is None:
-            definition = require_definition(root.networks(dataset), name.architecture)
+            definition = require_definition(definitions_folder(root, dataset, name.architecture), name.architecture)
         positions = [(position.name, position.rows) for position in definition.positions]
         *flops, head_flops = definition.flops
     return NetworkShape(positions, tuple(flops), head_flops, record is not None)

@@ -16,6 +16,7 @@ from fastsitch.learning_rate import Schedule
 from fastsitch.machine import configure, native_bf16, resolve_device, versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, load_network, read_record, require_fit, save_network
+from fastsitch.networks.find_network import definitions_folder
 from fastsitch.networks.network_definition import require_definition
 from fastsitch.networks.strided_gradients import steady_gradients
 from fastsitch.progress import Progress, Report, ignore
@@ -140,7 +141,10 @@ def train_network(
         )
     height, breadth = size if resolution is None else (resolution, resolution)
     folder = root.models(dataset.name)
-    definition = None if name.built_in else require_definition(root.networks(dataset.name), name.architecture)
+    definition = None
+    if not name.built_in:
+        known = definitions_folder(root, dataset.name, name.architecture)
+        definition = require_definition(known, name.architecture)
     draft = NetworkRecord(
         name=str(name),
         dataset=dataset.name,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from fastsitch.data import SIZES, DatasetSize, dataset_size
+from fastsitch.data.dataset_name import DatasetName
 from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
@@ -242,7 +243,8 @@ def _comparing_flops(geometries: Geometries, images: int) -> float:
 
 def data_size(root: Root, name: str) -> DatasetSize:
     """Known for the named data sets; counted for files that are there; otherwise a guess, marked so."""
-    return dataset_size(name, root.data_dir) or replace(SIZES["cifar10"], assumed=True)
+    guess = DatasetName.parse(name).subset.applied(replace(SIZES["cifar10"], assumed=True))
+    return dataset_size(name, root.data_dir) or guess
 
 
 @cache

@@ -1,7 +1,6 @@
 """What lies in a root: networks, stores, runs."""
 
 import logging
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -10,7 +9,7 @@ from typing import TypeVar
 
 from fastsitch.activations.store import ActivationStore
 from fastsitch.chains.trace import first_line
-from fastsitch.data import dataset_folder
+from fastsitch.data import canonical_dataset, dataset_of_folder, whole_dataset
 from fastsitch.errors import ConfigError, FastsitchError, argument, plain
 from fastsitch.folders import Folder
 from fastsitch.network_names import NetworkName
@@ -85,7 +84,9 @@ def stores(root: Root) -> Iterator[StoreEntry]:
     """All complete stores on a disk; partial ones of killed processes are not listed."""
     for folder in root.stores.folders():
         for path in folder.folders():
-            yield StoreEntry(path, _dataset_name(root, folder.name), *_read(partial(ActivationStore.open, path)))
+            store, problem = _read(partial(ActivationStore.open, path))
+            dataset = _dataset_name(root, folder.name) if store is None else store.identity.dataset
+            yield StoreEntry(path, dataset, store, problem)
 
 
 def runs(root: Root) -> Iterator[RunEntry]:
@@ -122,8 +123,8 @@ def _read(read: Callable[[], T]) -> tuple[T | None, str]:
 
 def _dataset_name(root: Root, folder: str) -> str:
     """The data set behind a folder's name, as options name it; the folder's name where nothing in the root tells."""
-    known = re.sub(r"-first(\d+)$", r":\1", folder)
-    if _read(partial(dataset_folder, known))[0] == folder:
+    known = dataset_of_folder(folder)
+    if known is not None:
         return known
     networks = root.path / "networks" / folder
     for path in networks.glob("*.json"):
@@ -176,17 +177,31 @@ def _opened(path: Path) -> Run:
     return run
 
 
-def infer_dataset(root: Root, names: list[str]) -> str:
+def chosen_dataset(root: Root, dataset: str | None, names: list[str]) -> str:
+    """The data set that is named or, without a name, the one in the root that has these networks.
+
+    ``@train=N@test=N`` alone is a subset of that one. Raises DataError, or what :func:`infer_dataset` raises.
+    """
+    if dataset and not dataset.startswith("@"):
+        return canonical_dataset(dataset)
+    return canonical_dataset(infer_dataset(root, names, subset=bool(dataset)) + (dataset or ""))
+
+
+def infer_dataset(root: Root, names: list[str], *, subset: bool = False) -> str:
     """The one data set in the root that has all the named networks (controls count by their namesake).
 
-    The default data set when the root has no network at all; raises ConfigError listing the choices when several
-    have them or none has.
+    For a ``subset`` it is a whole one. The default data set when the root has no network at all; raises ConfigError
+    listing the choices when several have them or none has.
     """
     wanted = [NetworkName.parse(name) for name in names]
     folders = [folder for folder in _folders(root.path / "models") if record_files(folder)]
     if not folders:
         return DEFAULT_DATASET
     fitting = [folder for folder in folders if all(_record(folder, name) is not None for name in wanted)]
+    if subset:
+        wholes = {whole_dataset(_dataset_of(folder)) for folder in (fitting or folders)}
+        if len(wholes) == 1:
+            return wholes.pop()
     if len(fitting) == 1:
         return _dataset_of(fitting[0])
     if len(folders) == 1:

@@ -304,7 +304,7 @@ _CONVERTED = ("settings", "seeds", "positions", "group_size", "recipe", "epochs"
 
 
 def _recipe(dataset: str, options: SweepOptions) -> TrainingRecipe:
-    by_default: StitchRecipe = "small" if dataset.partition(":")[0] == DEFAULT_DATASET else "paper"
+    by_default: StitchRecipe = "small" if re.split("[:@]", dataset)[0] == DEFAULT_DATASET else "paper"
     epochs, lr, optimizer = options.get("epochs"), options.get("lr"), options.get("optimizer")
     if epochs is None and options.get("solver") == "sgd":
         epochs = MATCH_EPOCHS

@@ -1,5 +1,8 @@
 """A run that is opened for work: its data set, its networks and their representations, on one device."""
 
+import logging
+from dataclasses import replace
+
 import torch
 
 from fastsitch.activations.representations import Representations
@@ -9,6 +12,7 @@ from fastsitch.errors import RunError, argument
 from fastsitch.machine import DTYPES
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import Network, load_network, require_fit
+from fastsitch.networks.find_network import models_folder
 from fastsitch.networks.train_network import evaluate_network
 from fastsitch.receivers.batch_statistics_network import BatchStatisticsNetwork
 from fastsitch.receivers.compiled_blocks import compile_blocks
@@ -20,24 +24,35 @@ from fastsitch.runs.run import Run
 from fastsitch.runs.run_record import NetworkInput
 from fastsitch.vocabulary import SourceName
 
+log = logging.getLogger(__name__)
+
 
 class Networks:
     """Networks of one data set, each loaded once. Those of a ``run`` have to be the ones that it began with."""
 
     def __init__(self, root: Root, dataset: Dataset, run: Run | None = None) -> None:
         self.dataset = dataset
-        self._folder = root.models(dataset.name)
+        self._root = root
         self._run = run
         self._loaded: dict[NetworkName, Network] = {}
 
     def load(self, name: NetworkName) -> Network:
         """A network in memory; raises NetworkError, or RunError where it is not what the run began with."""
         if name not in self._loaded:
-            network = load_network(self._folder, name)
+            network = load_network(models_folder(self._root, self.dataset.name, name), name)
             require_fit(network.record, self.dataset)
+            if self._other_test_images(network):
+                network = replace(network, record=replace(network.record, accuracy=None, loss=None))
             self._require_same(name, network)
             self._loaded[name] = network
         return self._loaded[name]
+
+    def _other_test_images(self, network: Network) -> bool:
+        """Whether the recorded accuracy is, or may be, on other images than the test images at hand."""
+        whole = self.dataset.whole
+        if whole is None or network.record.dataset != whole.name:
+            return False
+        return not whole.all_tested or whole.hash is None
 
     def _require_same(self, name: NetworkName, network: Network) -> None:
         recorded = None if self._run is None else self._run.networks.get(name)
@@ -48,12 +63,13 @@ class Networks:
             )
 
     def describe(self, name: NetworkName, device: torch.device) -> NetworkInput:
-        """What a run records; the accuracy of an untrained control is measured here."""
+        """What a run records; the accuracy of an untrained control is measured here, as is one on other images."""
         record, chain = self.load(name).record, self.load(name).chain
         accuracy = record.accuracy
         if accuracy is None:
             accuracy, _ = evaluate_network(chain.to(device), self.dataset.test.to(device), record.transform)
             chain.cpu()
+            log.info("%s: accuracy %.4f on the test images of %s", name, accuracy, self.dataset.name)
         size = self.dataset.size
         transform = record.transform.to_dict(size)
         # images of several sizes have no transform in common
