@@ -16,12 +16,13 @@ from fastsitch.identity import tensors_hash
 from fastsitch.machine import versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, read_record, require_fit, save_network
-from fastsitch.networks.foreign_weights import load_weights, read_weights
-from fastsitch.networks.model_source import ModelSource
+from fastsitch.networks.foreign_weights import WeightsFile, load_weights
+from fastsitch.networks.head_layers import head_layers
+from fastsitch.networks.model_source import ModelSource, foreign_code
 from fastsitch.networks.network_definition import Definition, define, read_definition, write_definition
 from fastsitch.networks.train_network import evaluate_network
 from fastsitch.root import Root
-from fastsitch.vocabulary import require_whole
+from fastsitch.vocabulary import HeadChoice, require_choice, require_whole
 
 _MAX_SIDE = 4096
 
@@ -36,6 +37,11 @@ class NewNetwork:
     name: NetworkName
     source: ModelSource
     weights: Path | None = None
+    """A file, an index of shards, or a folder with one of them."""
+    weights_key: str | None = None
+    """Which weights in the file, see :class:`WeightsFile`."""
+    head: HeadChoice | None = None
+    """Where the last layer comes from; None: the file with the weights."""
     positions: Sequence[str] | str | None = None
     """Names or patterns; None: the default ones, see :meth:`fastsitch.chains.chain.Chain.from_module`."""
     classes: int | None = None
@@ -54,6 +60,11 @@ class NewNetwork:
                 f"{self.name}: all seeds share one definition; add {self.name.architecture}, or give "
                 f"{argument('weights')} of this seed"
             )
+        if self.head is not None:
+            require_choice("head", self.head, HeadChoice)
+        for option, value in (("weights_key", self.weights_key), ("head", self.head)):
+            if value is not None and self.weights is None:
+                raise ConfigError(f"{argument(option, value)}: expected {argument('weights')} too")
         if self.classes is not None:
             require_whole("classes", self.classes, 1, _MOST_CLASSES)
         if self.resolution is not None and not 1 <= min(self.resolution) <= max(self.resolution) <= _MAX_SIDE:
@@ -99,7 +110,9 @@ def add_network(
     record = module = None
     if new.weights is not None or not definition.draws_weights:
         images = images or load_dataset(dataset, root.data_dir)
-        module = definition.build()
+        # what its head keeps, if that is new, depends on the seed
+        key = ["network", str(name), definition.classes] if new.head == "new" else 0
+        module = definition.build(key)
         record = _evaluated(new, definition, module, images, device)
     models = root.models(dataset)
     if known is not None and _is_saved(models, name, record):
@@ -144,8 +157,10 @@ def _evaluated(
     new: NewNetwork, definition: Definition, module: nn.Module, images: Dataset, device: torch.device
 ) -> NetworkRecord:
     """Load the weights into ``module``, unless it brings its own, and measure its accuracy."""
+    provenance: dict[str, str] = {}
     if new.weights is not None:
-        load_weights(module, read_weights(new.weights), new.weights)
+        file = WeightsFile(path=new.weights, key=new.weights_key, head=new.head)
+        provenance = load_weights(module, file, lambda: _head(module, definition))
     draft = NetworkRecord(
         name=str(new.name),
         dataset=images.name,
@@ -154,7 +169,11 @@ def _evaluated(
         classes=definition.classes,
         input_shape=definition.input_shape,
         normalisation=definition.normalisation or images.normalisation,
-        recipe={"name": "added", "weights": new.source.text if new.weights is None else new.weights.name},
+        recipe={
+            "name": "added",
+            "weights": new.source.text if new.weights is None else new.weights.name,
+            **provenance,
+        },
         accuracy=None,
         loss=None,
         weights_hash=tensors_hash(module.state_dict()),
@@ -168,6 +187,11 @@ def _evaluated(
         given = new.source.text if new.weights is None else argument("weights", new.weights)
         raise NetworkError(f"{given}: the test loss of {new.name} is {loss}; expected usable weights")
     return replace(draft, accuracy=accuracy, loss=loss)
+
+
+def _head(module: nn.Module, definition: Definition) -> list[str]:
+    with foreign_code(definition.source.text):
+        return head_layers(module, definition.classes, definition.input_shape)
 
 
 def _require_same(name: NetworkName, known: Definition, wanted: Definition) -> None:
