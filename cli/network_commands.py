@@ -26,7 +26,7 @@ from fastsitch.cli.options import (
 from fastsitch.cli.progress_display import ProgressDisplay
 from fastsitch.cli.text_formats import counted, size, table
 from fastsitch.errors import ConfigError, argument
-from fastsitch.vocabulary import DEFAULT_DATASET, Compression, NetworkRecipe, StoredDtype
+from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype
 
 
 def train(
@@ -113,7 +113,7 @@ def add(
         str | None,
         typer.Option(
             metavar="<path>",
-            help="safetensors, or a state dict; nothing in it is executed.",
+            help="safetensors or a checkpoint, an index of shards, or a folder; nothing in it is executed.",
             show_default="none",
             rich_help_panel=DATA,
         ),
@@ -132,6 +132,22 @@ def add(
             metavar="<path>",
             help="Lines of CLASS,OUTPUT: which output of a pretrained network stands for a class.",
             show_default="matched by name",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    weights_key: Annotated[
+        str | None,
+        typer.Option(
+            help="Which weights of a checkpoint that has several, such as state_dict_ema or teacher.backbone.",
+            show_default="those that fit",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    head: Annotated[
+        HeadChoice | None,
+        typer.Option(
+            help="new: leave the last layer untrained, where that of the weights has another size.",
+            show_default="that of the weights",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -201,6 +217,8 @@ def add(
         weights=weights,
         pretrained=pretrained,
         classes_from=classes_from,
+        weights_key=weights_key,
+        head=head,
         positions=names(positions),
         layouts=_layouts(layout or []),
         classes=classes,

@@ -27,7 +27,7 @@ from fastsitch.networks.train_network import NetworkTrainer, network_recipe
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
 from fastsitch.runs.inventory import chosen_dataset
-from fastsitch.vocabulary import DEFAULT_DATASET, Compression, NetworkRecipe, StoredDtype, require_whole
+from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -132,6 +132,8 @@ def add(
     weights: PathLike | None = None,
     pretrained: bool = False,
     classes_from: PathLike | None = None,
+    weights_key: str | None = None,
+    head: HeadChoice | None = None,
     positions: Sequence[str] | str | None = None,
     layouts: Mapping[str, Layout | str] | None = None,
     classes: int | None = None,
@@ -150,12 +152,15 @@ def add(
         name: letters, digits and _; ``NAME@3`` with the weights of another seed.
         source: ``torchvision:resnet18``, ``timm:resnet10t`` or ``FILE.py:factory``, whose code runs whenever the
             network is built.
-        weights: safetensors, or a state dict, of which nothing is executed; None: the network is to be trained.
         pretrained: take the weights, the preprocessing and the image size that the library publishes, of
             ``timm:NAME.TAG``, ``timm:hf-hub:ORG/MODEL@REVISION``, ``timm:local-dir:PATH`` or
             ``torchvision:NAME@WEIGHTS``; from its cache, or downloaded.
         classes_from: file with lines ``class,output`` that say which output of a pretrained network stands for a class
             of the data set, by index or name; None: they are matched by name.
+        weights: safetensors, or a checkpoint with a state dict in it, of which nothing is executed; also the index of
+            shards, or a folder with one of these; None: the network is to be trained.
+        weights_key: which weights, where a checkpoint has several, such as ``state_dict_ema`` or ``teacher.backbone``.
+        head: ``new``: the last layer is untrained, where that of the weights has another size, or there is none.
         positions: names or patterns; None: the outputs of blocks.
         layouts: by name of the position, where the one that is found is wrong, or none: a :class:`Layout`, or its text
             such as ``map``, ``tokens:14x14`` or, with a class token, ``tokens:1+14x14``.
@@ -185,6 +190,8 @@ def add(
         weights=None if weights is None else _file("weights", weights),
         pretrained=pretrained,
         classes_from=None if classes_from is None else _file("classes_from", classes_from),
+        weights_key=weights_key,
+        head=head,
         positions=positions,
         layouts={key: parse_layout(value) for key, value in (layouts or {}).items()},
         classes=classes,

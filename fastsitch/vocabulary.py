@@ -36,6 +36,9 @@ views of the images that the authors' code really used."""
 NetworkRecipe = Literal["fast", "published"]
 """How networks are trained: on a one-cycle schedule, or by the study's recipe (40 epochs, 10 of warm-up)."""
 
+HeadChoice = Literal["new"]
+"""What the last layer of an added network gets in the place of what a weights file has: the weights its code draws."""
+
 Descent = Literal["cosine", "linear"]
 """How a learning rate falls to 0 after its warm-up."""
 

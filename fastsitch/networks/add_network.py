@@ -19,13 +19,14 @@ from fastsitch.machine import versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, read_record, require_fit, save_network
 from fastsitch.networks.class_names import fits_some, matched_outputs, read_class_outputs
-from fastsitch.networks.foreign_weights import load_weights, read_weights
-from fastsitch.networks.model_source import ModelSource
+from fastsitch.networks.foreign_weights import WeightsFile, load_weights
+from fastsitch.networks.head_layers import head_layers
+from fastsitch.networks.model_source import ModelSource, foreign_code
 from fastsitch.networks.network_definition import Definition, define, read_definition, write_definition
 from fastsitch.networks.pretrained_network import PretrainedNetwork, load_pretrained
 from fastsitch.networks.train_network import evaluate_network
 from fastsitch.root import Root
-from fastsitch.vocabulary import require_whole
+from fastsitch.vocabulary import HeadChoice, require_choice, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ class NewNetwork:
     name: NetworkName
     source: ModelSource
     weights: Path | None = None
+    """A file, an index of shards, or a folder with one of them."""
+    weights_key: str | None = None
+    """Which weights in the file, see :class:`WeightsFile`."""
+    head: HeadChoice | None = None
+    """Where the last layer comes from; None: the file with the weights."""
     pretrained: bool = False
     """With the weights and the preprocessing that its library publishes."""
     classes_from: Path | None = None
@@ -74,6 +80,11 @@ class NewNetwork:
                 f"{self.name}: all seeds share one definition; add {self.name.architecture}, or give "
                 f"{argument('weights')} of this seed"
             )
+        if self.head is not None:
+            require_choice("head", self.head, HeadChoice)
+        for option, value in (("weights_key", self.weights_key), ("head", self.head)):
+            if value is not None and self.weights is None:
+                raise ConfigError(f"{argument(option, value)}: expected {argument('weights')} too")
         if self.classes is not None:
             require_whole("classes", self.classes, 1, _MOST_CLASSES)
         if self.resolution is not None and not 1 <= min(self.resolution) <= max(self.resolution) <= _MAX_SIDE:
@@ -108,7 +119,9 @@ def add_network(
     record = module = None
     if new.weights is not None or published is not None or not definition.draws_weights:
         images = images or load_dataset(dataset, root.data_dir)
-        module = definition.build()
+        # what its head keeps, if that is new, depends on the seed
+        key = ["network", str(name), definition.classes] if new.head == "new" else 0
+        module = definition.build(key)
         record = _evaluated(new, definition, module, images, published, device)
     models = root.models(dataset)
     if known is not None and _is_saved(models, name, record):
@@ -225,7 +238,8 @@ def _evaluated(
         module.load_state_dict(published.module.state_dict())
         recipe = {"name": "pretrained", "weights": new.source.text, "pretrained": published.provenance}
     elif new.weights is not None:
-        load_weights(module, read_weights(new.weights), new.weights)
+        file = WeightsFile(path=new.weights, key=new.weights_key, head=new.head)
+        recipe |= load_weights(module, file, lambda: _head(module, definition))
     draft = NetworkRecord(
         name=str(new.name),
         dataset=images.name,
@@ -255,6 +269,11 @@ def _evaluated(
         given = new.source.text if new.weights is None else argument("weights", new.weights)
         raise NetworkError(f"{given}: the test loss of {new.name} is {loss}; expected usable weights")
     return replace(draft, accuracy=accuracy, loss=loss)
+
+
+def _head(module: nn.Module, definition: Definition) -> list[str]:
+    with foreign_code(definition.source.text):
+        return head_layers(module, definition.classes, definition.input_shape)
 
 
 def _require_same(name: NetworkName, known: Definition, wanted: Definition) -> None:
