@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastsitch.networks.strided_gradients import steady_gradients
+from fastsitch.networks.strided_gradients import steady_convolution, steady_gradients
 
 CPU = torch.device("cpu")
 
@@ -60,3 +60,15 @@ def test_frozen_weights_and_threads_are_left_as_they_are() -> None:
     assert torch.get_num_threads() == threads
     assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
     assert network[0].forward.__func__ is nn.Conv2d.forward
+
+
+def test_a_single_convolution_is_that_of_torch() -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(size, generator=generator) for size in ((4, 6, 16, 16), (5, 6, 4, 4), (5,)))
+    found = []
+    for convolve in (nn.functional.conv2d, steady_convolution):
+        given = [tensor.clone().requires_grad_() for tensor in (x, weight, bias)]
+        convolve(*given, 4).square().sum().backward()
+        found.append([tensor.grad for tensor in given])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

@@ -22,8 +22,7 @@ def steady_gradients(network: nn.Module, device: torch.device) -> Iterator[None]
     threads, which one would not keep up with, with devices other than CPUs and with grouped convolutions all is as
     torch does it.
     """
-    steady = device.type == "cpu" and torch.get_num_threads() <= _MOST_THREADS
-    found = network.modules() if steady else ()
+    found = network.modules() if wants_steadiness(device) else ()
     changed = [module for module in found if isinstance(module, nn.Conv2d) and _is_plain_and_strided(module)]
     for module in changed:
         module.forward = partial(_forward, module)  # type: ignore[method-assign]
@@ -32,6 +31,17 @@ def steady_gradients(network: nn.Module, device: torch.device) -> Iterator[None]
     finally:
         for module in changed:
             del module.forward
+
+
+def wants_steadiness(device: torch.device) -> bool:
+    """Whether one thread is as fast as all of them."""
+    return device.type == "cpu" and torch.get_num_threads() <= _MOST_THREADS
+
+
+def steady_convolution(x: Tensor, weight: Tensor, bias: Tensor, stride: int) -> Tensor:
+    """A convolution without padding, the gradient of whose weight (D, C, k, k) is computed on one thread."""
+    y: Tensor = _Convolution.apply(x, weight, (stride, stride), (0, 0), (1, 1))
+    return y + bias.view(-1, 1, 1)
 
 
 def _is_plain_and_strided(module: nn.Conv2d) -> bool:
