@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsitch.data.dataset import Normalisation
+from fastsitch.data.grey import grey
 from fastsitch.data.random_views import Views
 from fastsitch.errors import ConfigError
 
@@ -22,6 +23,7 @@ class Transform:
     Attributes:
         normalisation: of the pixels.
         resolution: height and width in pixels, each at least 1; None: those of the images.
+        grey: whether it sees the brightness of the images alone, as one channel.
 
     Raises:
         ConfigError: a resolution below 1.
@@ -29,18 +31,19 @@ class Transform:
 
     normalisation: Normalisation
     resolution: tuple[int, int] | None = None
+    grey: bool = False
 
     def __post_init__(self) -> None:
         if self.resolution is not None and min(self.resolution) < 1:
             raise ConfigError(f"resolution {self.resolution}: expected a height and a width of at least 1")
 
     def apply(self, images_NHWC: Tensor, views: Views | None = None) -> Tensor:
-        """uint8 (N, H, W, C) -> fp32 (N, C, R, S) in channels-last memory, on the images' device.
+        """uint8 (N, H, W, C) -> fp32 (N, C, R, S) in channels-last memory, on the images' device; C is 1 if grey.
 
         ``views``, on the same device, show the images before they are resized: what a view leaves empty is 0 after
         normalisation, the mean of the data. Resizing is linear and keeps constants, so that it may come last.
         """
-        x = self.normalisation.apply(images_NHWC)
+        x = self.normalisation.apply(grey(images_NHWC) if self.grey else images_NHWC)
         return self.resize(x if views is None else views.apply(x))
 
     def resize(self, x_NCHW: Tensor) -> Tensor:
@@ -56,4 +59,6 @@ class Transform:
         content: dict[str, Any] = {key: list(value) for key, value in asdict(self.normalisation).items()}
         if self.resolution is not None and self.resolution != size:
             content["resolution"] = list(self.resolution)
+        if self.grey:
+            content["grey"] = True
         return content
