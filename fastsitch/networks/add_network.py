@@ -44,6 +44,10 @@ class NewNetwork:
     """By name of the position, where the one that is found is wrong, or none."""
     resolution: tuple[int, int] | None = None
     """Height and width that the network is built for."""
+    channels: int | None = None
+    """3, or 1 for a network that sees grey images; None: as it takes them."""
+    output: str | int | None = None
+    """Name or index of the logits in what it returns; None: see :func:`fastsitch.chains.logits.logits_key`."""
 
     def __post_init__(self) -> None:
         if self.name.built_in or self.name.random:
@@ -56,6 +60,8 @@ class NewNetwork:
             )
         if self.classes is not None:
             require_whole("classes", self.classes, 1, _MOST_CLASSES)
+        if self.channels not in (None, 1, 3):
+            raise ConfigError(f"{argument('channels', self.channels)}: expected 3, or 1 for grey images")
         if self.resolution is not None and not 1 <= min(self.resolution) <= max(self.resolution) <= _MAX_SIDE:
             raise ConfigError(
                 f"{argument('resolution', '{}x{}'.format(*self.resolution))}: expected sides from 1 to {_MAX_SIDE}"
@@ -88,10 +94,12 @@ def add_network(
     definition = define(
         new.source,
         classes=classes,
-        input_shape=(3, height, width),
+        input_shape=(new.channels or 3, height, width),
+        grey=new.channels is None,
         normalisation=new.normalisation,
         positions=new.positions,
         layouts=new.layouts,
+        output=new.output,
     )
     known = None if force else read_definition(folder, name.architecture)
     if known is not None:
@@ -153,7 +161,7 @@ def _evaluated(
         width=definition.width,
         classes=definition.classes,
         input_shape=definition.input_shape,
-        normalisation=definition.normalisation or images.normalisation,
+        normalisation=definition.normalisation or images.normalisation_for(definition.input_shape[0]),
         recipe={"name": "added", "weights": new.source.text if new.weights is None else new.weights.name},
         accuracy=None,
         loss=None,

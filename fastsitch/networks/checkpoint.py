@@ -64,7 +64,12 @@ class NetworkRecord:
     @property
     def transform(self) -> Transform:
         """How a data set's images are prepared for the network."""
-        return Transform(self.normalisation, self.input_shape[1:])
+        return Transform(self.normalisation, self.input_shape[1:], self._grey)
+
+    @property
+    def _grey(self) -> bool:
+        """Whether it is an added network of one channel, to which all images are grey."""
+        return self.definition is not None and self.input_shape[0] == 1
 
     def build(self) -> nn.Module:
         """The untrained network in eval mode: its name is the seed of its weights."""
@@ -220,7 +225,7 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
     """Raise NetworkError unless the data set is exactly the one that the network was trained on."""
     # an added network may know more classes than the data set has
     fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
-    if record.input_shape[0] != dataset.input_shape[0] or not fits:
+    if (record.input_shape[0] != dataset.input_shape[0] and not record.transform.grey) or not fits:
         raise NetworkError(
             f"{record.name} was built for images of {record.input_shape[0]} channels and {record.classes} classes, but "
             f"{dataset.name} has {dataset.input_shape[0]} and {dataset.classes}: {_TRAIN_AGAIN}"

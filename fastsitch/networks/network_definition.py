@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from fastsitch.chains.chain import Chain
 from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.chains.layout import Layout
+from fastsitch.chains.logits import logits_key, returning_logits
+from fastsitch.chains.node_values import run_model
 from fastsitch.chains.position import Position
 from fastsitch.chains.vet_chain import gradient_faults
 from fastsitch.checked_files import DamagedFile, read_json, with_hash
@@ -49,6 +51,8 @@ class Definition:
     """Forward FLOPs per image of every segment, then of the head."""
     draws_weights: bool = True
     """Whether its code draws its weights anew for every seed; False where it brings weights along, as trained ones."""
+    output: str | None = None
+    """Where its logits are in what it returns; None: it returns them alone."""
 
     def to_dict(self) -> dict[str, Any]:
         positions = [position.to_dict() for position in self.positions]
@@ -60,6 +64,8 @@ class Definition:
         if self.draws_weights:
             # as in definitions that were made before there were others
             del content["draws_weights"]
+        if self.output is None:
+            del content["output"]
         return content
 
     @classmethod
@@ -76,6 +82,7 @@ class Definition:
                 positions=tuple(Position.from_dict(entry) for entry in content["positions"]),
                 flops=tuple(content["flops"]),
                 draws_weights=content.get("draws_weights", True),
+                output=content.get("output"),
             )
         )
 
@@ -85,8 +92,11 @@ class Definition:
         return self.positions[0].rows[0]
 
     def build(self, key: Any = 0) -> nn.Module:
-        """The module with the weights that its own code draws with this seed; see :meth:`ModelSource.build`."""
-        return self.source.build(self.classes, self.input_shape, key)
+        """The module with the weights that its own code draws with this seed; see :meth:`ModelSource.build`.
+
+        It returns logits, whatever else its code returns beside them.
+        """
+        return returning_logits(self.source.build(self.classes, self.input_shape, key), self.output)
 
     def cut(self, module: nn.Module) -> Chain:
         """The chain of a module that :meth:`build` made; raises NetworkError when its positions are no longer these."""
@@ -109,25 +119,36 @@ def define(
     normalisation: Normalisation | None = None,
     positions: Sequence[str] | str | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    output: str | int | None = None,
+    grey: bool = False,
 ) -> Definition:
-    """Build a network and find its positions and FLOPs; positions and layouts are those of :meth:`Chain.from_module`.
+    """Build a network and find its positions and FLOPs; the options are those of :meth:`Chain.from_module`.
 
+    With ``grey``, a network that does not run on images of this shape, but on those of one channel, is taken for them.
     Raises NetworkError when it cannot be built, run or cut, or does not have one output per class.
     """
     module = source.build(classes, input_shape)
+    with foreign_code(source.text), torch.no_grad():
+        grey = grey and _takes_grey_alone(module, input_shape)
+    if grey:
+        log.info("%s takes images of one channel: it sees images in grey", source.text)
+        input_shape = (1, *input_shape[1:])
+        module = source.build(classes, input_shape)
     if isinstance(module, Chain) and positions is not None:
         raise ConfigError(
             f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
         )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
-        chain = _chain(module, input_shape, positions, layouts)
+        what = f"cannot cut a {type(module).__name__}"
+        key = logits_key(run_model(module, torch.zeros(2, *input_shape)), what, output)
+        chain = _chain(returning_logits(module, key), input_shape, positions, layouts)
         logits = chain(torch.zeros(2, *input_shape))
     if logits.shape != (2, classes):
         raise NetworkError(
             f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one per class"
         )
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
     wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if wrong:
         raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong[0]}): expected finite ones")
@@ -135,10 +156,11 @@ def define(
         source=source.with_neighbours(),
         classes=classes,
         input_shape=input_shape,
-        normalisation=normalisation,
+        normalisation=_of_channels(normalisation, input_shape[0]),
         positions=tuple(chain.positions),
         flops=chain_flops(chain),
         draws_weights=_differ_with_the_seed(source.text, module, source.build(classes, input_shape, 1)),
+        output=key,
     )
     without, zero = gradient_faults(chain, range(len(chain.positions)))
     if without:
@@ -147,6 +169,33 @@ def define(
         log.warning("%s: the gradient at %s is zero: stitches there cannot learn", source.text, ", ".join(zero))
     # exactly as it comes back from a file
     return Definition.from_dict(definition.to_dict())
+
+
+def _takes_grey_alone(module: nn.Module, input_shape: tuple[int, int, int]) -> bool:
+    """Whether a module runs on images of one channel, and not on those of this shape."""
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        return False
+    try:
+        run_model(module, torch.zeros(2, *input_shape))
+    except NetworkError:
+        try:
+            run_model(module, torch.zeros(2, 1, *input_shape[1:]))
+        except NetworkError:
+            return False
+        return True
+    return False
+
+
+def _of_channels(normalisation: Normalisation | None, channels: int) -> Normalisation | None:
+    """One number for all channels where a network has but one."""
+    if normalisation is None or len(normalisation.mean) == channels:
+        return normalisation
+    if len({*normalisation.mean}) > 1 or len({*normalisation.std}) > 1:
+        raise ConfigError(
+            f"{argument('mean', normalisation.mean)} {argument('std', normalisation.std)}: expected one number of each "
+            "for a network that sees images in grey"
+        )
+    return Normalisation(normalisation.mean[:1] * channels, normalisation.std[:1] * channels)
 
 
 def read_definition(folder: Path, architecture: str) -> Definition | None:

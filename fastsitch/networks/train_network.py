@@ -141,14 +141,17 @@ def train_network(
     height, breadth = size if resolution is None else (resolution, resolution)
     folder = root.models(dataset.name)
     definition = None if name.built_in else require_definition(root.networks(dataset.name), name.architecture)
+    input_shape = (channels, height, breadth) if definition is None else definition.input_shape
     draft = NetworkRecord(
         name=str(name),
         dataset=dataset.name,
         data_hash=dataset.hash,
         width=width if definition is None else definition.width,
         classes=dataset.classes if definition is None else definition.classes,
-        input_shape=(channels, height, breadth) if definition is None else definition.input_shape,
-        normalisation=normalisation or (definition and definition.normalisation) or dataset.normalisation,
+        input_shape=input_shape,
+        normalisation=normalisation
+        or (definition and definition.normalisation)
+        or dataset.normalisation_for(input_shape[0]),
         recipe=asdict(recipe),
         accuracy=None,
         loss=None,
