@@ -36,6 +36,11 @@ CLASSES = 10
 SIDES = (64, 96, 128)
 """Smaller than most defaults, to save time; a network that is not cut so is tried at its own size."""
 
+LARGE = re.compile(
+    r"giant|gigantic|huge|enormous|large|base|xlarge|_[bl](\d|_|$)|_x?xxl|[gh]14|so\d+m|[5-9]b|\d{3}d?_?\d*x"
+)
+"""Names of architectures that are not small, where there are others: building them takes time."""
+
 MOST_PARAMETERS = 60_000_000
 MOST_SECONDS = 600
 
@@ -62,9 +67,9 @@ def timm_parameters() -> Row:
             return None
         return sum(parameter.numel() for parameter in model.parameters())
 
-    return {
-        module: {name: parameters(name) for name in timm.list_models(module=module)} for module in timm.list_modules()
-    }
+    listed = {module: timm.list_models(module=module) for module in timm.list_modules()}
+    small = {module: [name for name in names if not LARGE.search(name)] or names for module, names in listed.items()}
+    return {module: {name: parameters(name) for name in names} for module, names in small.items() if names}
 
 
 def chosen(counted: dict[str, dict[str, int | None]], wanted: int) -> list[str]:
