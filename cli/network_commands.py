@@ -190,6 +190,20 @@ def add(
         str | None,
         typer.Option(help="SIDE or HEIGHTxWIDTH of its images.", show_default="the data set's", rich_help_panel=DATA),
     ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            help="3, or 1: the network sees images in grey.", show_default="as it takes them", rich_help_panel=DATA
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            help="Name or index of the logits, where it returns several tensors.",
+            show_default="logits, out, or the first of (B, classes)",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     dataset: TrainDatasetOption = DEFAULT_DATASET,
     background: BackgroundOption = None,
     holdout: HoldoutOption = None,
@@ -225,6 +239,8 @@ def add(
         mean=numbers("mean", mean),
         std=numbers("std", std),
         resolution=_resolution(resolution),
+        channels=channels,
+        output=output,
         dataset=dataset,
         force=force,
         root=root,

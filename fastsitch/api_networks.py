@@ -140,6 +140,8 @@ def add(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     resolution: int | tuple[int, int] | None = None,
+    channels: int | None = None,
+    output: str | int | None = None,
     dataset: str = DEFAULT_DATASET,
     force: bool = False,
     root: PathLike | None = None,
@@ -168,6 +170,9 @@ def add(
         mean: of pixels in [0, 1], one number or three; None: that of the data set.
         std: as ``mean``.
         resolution: side, or height and width, of the images it is built for; None: those of the data set.
+        channels: 3, or 1 for a network that sees images in grey; None: as it takes them.
+        output: name or index of the logits, where the network returns several tensors; None: ``logits``, then ``out``,
+            then the first tensor (B, classes).
         dataset: see :func:`load_dataset`.
         force: replace what the name is registered for.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
@@ -197,6 +202,8 @@ def add(
         classes=classes,
         normalisation=_normalisation(mean, std),
         resolution=(resolution, resolution) if isinstance(resolution, int) else resolution,
+        channels=channels,
+        output=output,
     )
     configure(torch_device)
     return add_network(folders, canonical_dataset(dataset), new, device=torch_device, force=force)

@@ -75,7 +75,10 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least that many"),
         "first weights": ([f"{tmp_path}/nowhere.py:small"], r"initial weights that are not finite \(1\.weight\)"),
         "lazy": ([f"{tmp_path}/lazy.py:small"], "has lazy modules without weights yet: run the network once"),
-        "outputs": ([f"{tmp_path}/dict.py:small"], r"expected logits \(B, classes\), found dict"),
+        "outputs": (
+            [f"{tmp_path}/dict.py:small"],
+            r"expected logits \(B, classes\), found a dict of a \(2, 3, 32, 32\)",
+        ),
         "mean alone": ([source, "--mean", "0.5"], r"--mean 0.5 --std \(none\): expected both"),
         "two means": ([source, "--mean", "0.5,0.5", "--std", "1"], "one number or three"),
         "std 0": ([source, "--mean", "0.5", "--std", "0"], "deviations from 0.001 to 1"),

@@ -126,7 +126,7 @@ def test_a_timm_network_gives_its_librarys_logits(caches: Path, photos: Path, na
     dataset = f"imagefolder:{photos}"
     definition, record = fastsitch.add("net", f"timm:{name}", pretrained=True, dataset=dataset, root=caches / "root")
     assert record is not None
-    assert definition.outputs == tuple(range_of(SYNSETS))
+    assert definition.class_outputs == tuple(range_of(SYNSETS))
     known = record.recipe["pretrained"]
     assert known["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert known["revision"] == REVISION
@@ -150,7 +150,7 @@ def assert_same_logits(root: Path, photos: Path, theirs: torch.nn.Module, transf
         expected_x = torch.stack([transform(Image.open(file).convert("RGB")) for file in files])
         assert torch.equal(x, expected_x)
         logits = network.chain(x)
-        expected = theirs(x)[:, list(network.record.definition.outputs)]  # type: ignore[union-attr,arg-type]
+        expected = theirs(x)[:, list(network.record.definition.class_outputs)]  # type: ignore[union-attr,arg-type]
     assert torch.equal(logits, expected)
 
 
@@ -193,7 +193,7 @@ def test_folders_that_timm_saved(caches: Path, photos: Path) -> None:
         "net", source, pretrained=True, classes_from=by_hand, dataset=f"imagefolder:{photos}", root=caches / "root"
     )
     assert record is not None
-    assert definition.outputs == (2, 0, 1)
+    assert definition.class_outputs == (2, 0, 1)
     assert definition.input_shape == (3, 64, 64)
     assert record.recipe["pretrained"]["licence"] == "mit"
     (saved / "model.safetensors").unlink()
@@ -222,7 +222,7 @@ def test_repositories_of_the_hub(caches: Path, photos: Path) -> None:
     dataset = f"imagefolder:{photos}"
     definition, _ = fastsitch.add("net", source, pretrained=True, dataset=dataset, root=caches / "root")
     assert definition.source.text == "timm:resnet10t"
-    assert definition.outputs is None
+    assert definition.class_outputs is None
 
 
 def test_what_is_not_in_a_cache_is_named(caches: Path, photos: Path, run_cli: Command) -> None:

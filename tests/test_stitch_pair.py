@@ -144,8 +144,8 @@ def test_options_that_cannot_work_are_refused(change: dict[str, object], message
 
 
 def test_networks_that_do_not_fit_the_data_are_refused(few: Dataset) -> None:
-    with pytest.raises(NetworkError, match="the sender takes images of 1 channels, few has 3"):
-        fastsitch.stitch(plain(32, 0, channels=1), plain(32, 1), few, **OPTIONS)
+    with pytest.raises(NetworkError, match="the sender takes images of 2 channels, few has 3"):
+        fastsitch.stitch(plain(32, 0, channels=2), plain(32, 1), few, **OPTIONS)
     with pytest.raises(NetworkError, match=r"the receiver ends in \(7,\) per image: expected logits .* 10 classes"):
         fastsitch.stitch(plain(32, 0), plain(32, 1, classes=7), few, **OPTIONS)
     with pytest.raises(FastsitchError, match="no stitch from 24x24 to 16x16"):

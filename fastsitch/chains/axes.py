@@ -1,14 +1,12 @@
 """What the axes of a representation mean, derived by following a traced graph."""
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-import torch.nn.functional as F
 from torch import fx, nn
 
 from fastsitch.chains.layout import Layout, token_layout
+from fastsitch.chains.trace import operation
 
 Shapes = Mapping[fx.Node, tuple[int, ...]]
 """Of all nodes that are tensors, without the batch."""
@@ -82,7 +80,7 @@ def _axes(
         return None if node.op == "call_module" else before
     if len(shape) == 1:
         return Axes("C")
-    if isinstance(module, nn.Conv2d) or node.target is F.conv2d:
+    if isinstance(module, nn.Conv2d) or operation(node) == "conv2d":
         return Axes("CHW")
     if before is None or parent is None:
         return guess
@@ -97,7 +95,7 @@ def _axes(
         return _reshaped(before, shapes.get(parent, ()), shape) or guess
     if parent not in shapes or shapes[parent] == shape:
         return before
-    if node.target in ("view", "reshape", torch.reshape) or before.letters == "CN":
+    if operation(node) in ("view", "reshape") or before.letters == "CN":
         return None
     if before.letters == "NC" and shape[0] != shapes[parent][0]:
         return _other_tokens(node, parent, before, shape[0] - shapes[parent][0])
@@ -122,9 +120,9 @@ def _permutation(node: fx.Node, dimensions: int) -> list[int] | None:
     axes = [axis for axis in flat if isinstance(axis, int)]
     if len(axes) != len(flat):
         return None
-    if node.target in ("permute", torch.permute) and len(axes) == dimensions:
+    if operation(node) == "permute" and len(axes) == dimensions:
         return axes
-    if node.target in ("transpose", "swapaxes", torch.transpose, torch.swapaxes) and len(axes) == 2:
+    if operation(node) in ("transpose", "swapaxes") and len(axes) == 2:
         order = list(range(dimensions))
         order[axes[0]], order[axes[1]] = order[axes[1]], order[axes[0]]
         return order
@@ -146,9 +144,9 @@ def _reshaped(before: Axes, shape: tuple[int, ...], after: tuple[int, ...]) -> A
 
 def _other_tokens(node: fx.Node, parent: fx.Node, before: Axes, more: int) -> Axes | None:
     """Tokens put before those of ``parent``, or removed from there."""
-    joined = node.args[0] if node.target in (torch.cat, torch.concat) else ()
+    joined = node.args[0] if operation(node) in ("cat", "concat") else ()
     if more > 0 and isinstance(joined, list | tuple) and joined and joined[-1] is parent:
         return replace(before, prefix=before.prefix + more)
-    if -before.prefix <= more < 0 and node.target is operator.getitem:
+    if -before.prefix <= more < 0 and operation(node) in ("getitem", "slice"):
         return replace(before, prefix=before.prefix + more)
     return None

@@ -12,6 +12,7 @@ from fastsitch.chains.module_between_cuts import copy_modules, cut_module, prote
 from fastsitch.chains.position import Position
 from fastsitch.chains.trace import first_line
 from fastsitch.chains.vet_chain import require_same_values, vet_chain
+from fastsitch.chains.wrappers import unwrapped
 from fastsitch.errors import NetworkError
 from fastsitch.vocabulary import separated
 
@@ -108,11 +109,13 @@ class Chain(nn.Module):
         example_input: Tensor,
         positions: Sequence[str] | str | None = None,
         layouts: Mapping[str, Layout] | None = None,
+        output: str | int | None = None,
     ) -> "Chain":
-        """Make a chain of any network that torch.fx can trace; a Chain comes back as it is.
+        """Make a chain of any network that torch.fx or torch.export can trace; a Chain comes back as it is.
 
         The network is copied, in eval mode, with in-place activations turned off: they would change a representation
-        after it was captured.
+        after it was captured. Inside DataParallel, DistributedDataParallel or torch.compile the network itself is
+        taken.
 
         Args:
             model: the network.
@@ -121,6 +124,8 @@ class Chain(nn.Module):
                 list or separated by commas. None takes the input of the first block and the outputs of all blocks; of
                 an nn.Sequential the outputs of all children but the last, which then is the head.
             layouts: by name of the position, where the one that was found is wrong.
+            output: name or index of the logits, for a network that returns several tensors; None: ``logits``, then
+                ``out``, then the first tensor (B, classes).
 
         Returns:
             The chain, in eval mode.
@@ -128,14 +133,15 @@ class Chain(nn.Module):
         Raises:
             NetworkError: the network cannot be traced or cut, or has no such position; see :meth:`from_segments` then.
         """
+        model = unwrapped(model)
         example_input = _as_weights(example_input, [model])
         if isinstance(model, Chain):
             vet_chain(model, f"the {type(model).__name__}")
             return model
         if isinstance(positions, str):
             positions = separated(positions)
-        chain = _of_children(cls, model, example_input, positions, layouts)
-        chain = chain or _traced(cls, model, example_input, positions, layouts)
+        chain = None if output is not None else _of_children(cls, model, example_input, positions, layouts)
+        chain = chain or _traced(cls, model, example_input, positions, layouts, output)
         vet_chain(chain, f"the {type(model).__name__}")
         return chain.eval()
 
@@ -205,6 +211,9 @@ def _of_children(
     assert isinstance(copied, nn.Sequential)
     copied.eval()
     chain = _assembled(kind, *_split_children(copied, names), example_input, layouts)
+    with torch.no_grad():
+        if not isinstance(chain(example_input), Tensor):
+            return _traced(kind, model, example_input, names, layouts)
     require_same_values(copied, list(chain.segments), chain.head, names, example_input)
     return chain
 
@@ -215,8 +224,9 @@ def _traced(
     example_input: Tensor,
     positions: Sequence[str] | None,
     layouts: Mapping[str, Layout] | None,
+    output: str | int | None = None,
 ) -> Chain:
-    cut = cut_module(model, example_input, positions, layouts)
+    cut = cut_module(model, example_input, positions, layouts, output)
     channels, height, width = example_input.shape[1:]
     return kind(cut.segments, cut.head, cut.names, (channels, height, width), {**cut.layouts, **(layouts or {})})
 

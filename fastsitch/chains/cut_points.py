@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 
 from fastsitch.chains.axes import follow_axes
 from fastsitch.chains.layout import Layout
-from fastsitch.chains.node_values import SIZES, TensorSpec, node_values, run_model
-from fastsitch.chains.trace import FROM_SEGMENTS, Trace, first_line, trace_module
+from fastsitch.chains.node_values import TensorSpec, node_values
+from fastsitch.chains.trace import SIZES, CannotCut, Trace, first_line, operation
 from fastsitch.errors import NetworkError, argument
 
 log = logging.getLogger(__name__)
@@ -43,25 +43,24 @@ class CutPoint:
 class CutGraph:
     """A traced network in eval mode, the values of its nodes for batches of 2 and 3 images, and all its cut points.
 
+    ``example`` are images of it, as many as the larger batch.
+
     ``data`` are the nodes, in order, whose values the logits depend on; sizes and other properties of tensors do not
     count. ``points`` are the cut points at which the layout of the representation is known, from the graph or from
     ``layouts``, by name. ``output`` is what the network returns: the logits, or what it computes from them alone.
     """
 
-    def __init__(self, model: nn.Module, example_input: Tensor, layouts: Mapping[str, Layout]) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, example: Tensor, layouts: Mapping[str, Layout]) -> None:
         self.model = model
+        self.trace = trace
+        self.example = example
         self._layouts = layouts
-        self.example = torch.cat([example_input[:1]] * max(SIZES))
-        with torch.no_grad():
-            run_model(model, self.example)
-            self.trace: Trace = trace_module(model)
-            try:
-                self.values = [node_values(self.trace, self.example[:images]) for images in SIZES]
-            # the network's code on the path that the tracer took: it may raise anything
-            except Exception as error:
-                raise NetworkError(
-                    f"cannot cut a {self}: its traced graph does not run ({first_line(error)}); {FROM_SEGMENTS}"
-                ) from error
+        try:
+            with torch.no_grad():
+                self.values = [node_values(trace, example[:images]) for images in SIZES]
+        # the network's code on the path that the tracer took: it may raise anything
+        except Exception as error:
+            raise CannotCut(f"cannot cut a {self}: its traced graph does not run ({first_line(error)})") from error
         self.output = self._output()
         self.data = self._data()
         self.order = {node: index for index, node in enumerate(self.data)}
@@ -158,7 +157,7 @@ class CutGraph:
         (end,) = self.trace.graph.find_nodes(op="output")
         last = end.args[0]
         if not isinstance(last, fx.Node) or not _is_logits(self.values[0][last]):
-            raise NetworkError(f"cannot cut a {self}: expected one output, logits (B, classes) computed from the image")
+            raise CannotCut(f"cannot cut a {self}: expected one output, logits (B, classes) computed from the image")
         return last
 
     def _logits(self) -> fx.Node:
@@ -173,7 +172,7 @@ class CutGraph:
     def _gives_probabilities(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             return isinstance(self.trace.root.get_submodule(str(node.target)), PROBABILITIES)
-        return getattr(node.target, "__name__", node.target) in ("softmax", "sigmoid", "_softmax")
+        return operation(node) in ("softmax", "sigmoid", "_softmax")
 
     def _listed(self) -> str:
         names = ", ".join(point.name for point in self.points)
@@ -190,7 +189,7 @@ class CutGraph:
                 carries.add(node)
         last = self._logits()
         if last not in carries or not _is_logits(values[last]):
-            raise NetworkError(f"cannot cut a {self}: expected one output, logits (B, classes) computed from the image")
+            raise CannotCut(f"cannot cut a {self}: expected one output, logits (B, classes) computed from the image")
         live, waiting = set(), [last]
         while waiting:
             node = waiting.pop()
@@ -223,10 +222,8 @@ class CutGraph:
                 points.append(CutPoint(node, names[node][0], tuple(names[node]), shapes[node], layout, known.guessed))
         if not points:
             opaque = "".join(f"; {path} cannot be traced: {reason}" for path, reason in self.trace.opaque.items())
-            raise NetworkError(
-                f"cannot cut a {self}: no tensor between its image and its logits lies on every path{opaque}; "
-                f"{FROM_SEGMENTS}"
-            )
+            nothing = "no tensor between its image and its logits lies on every path"
+            raise CannotCut(f"cannot cut a {self}: {nothing}{opaque}")
         return points
 
     def _names(self) -> dict[fx.Node, list[str]]:
@@ -241,8 +238,7 @@ class CutGraph:
                 paths.append(path if not calls[path] else _unused_name(path, taken))
             if all((node, path) in self.trace.of_several for path in self.trace.outputs.get(node, ())):
                 # one that is also the first of several outputs of a module has this name too
-                operation = getattr(node.target, "__name__", str(node.target))
-                paths.append(_unused_name(f"{self.trace.owners[node]}.{operation}".removeprefix("."), taken))
+                paths.append(_unused_name(f"{self.trace.owners[node]}.{operation(node)}".removeprefix("."), taken))
             block = self.blocks.get(node)
             names[node] = [block, *(path for path in paths if path != block)] if block in paths else paths
         return {node: names[node] for node in self.cuts}
@@ -297,7 +293,7 @@ def _is_query(node: fx.Node) -> bool:
     """Whether a node asks for a property of a tensor that does not depend on its values."""
     if node.op == "call_function" and node.target is builtins.getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device", "is_cuda", "requires_grad")
-    return node.op == "call_method" and node.target in _QUERIES
+    return (node.op == "call_method" and node.target in _QUERIES) or operation(node).startswith("sym_")
 
 
 def _is_logits(value: Any) -> bool:

@@ -2,7 +2,8 @@
 
 import copy
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -12,9 +13,13 @@ from torch import Tensor, fx, nn
 from torch.fx.node import Argument, map_arg
 
 from fastsitch.chains.cut_points import CutGraph
+from fastsitch.chains.export_trace import export_module
 from fastsitch.chains.layout import Layout
-from fastsitch.chains.node_values import SIZES, TensorSpec
+from fastsitch.chains.logits import logits_key, returning_logits
+from fastsitch.chains.node_values import TensorSpec, run_model
+from fastsitch.chains.trace import FROM_SEGMENTS, SIZES, CannotCut, Trace, trace_module
 from fastsitch.chains.vet_chain import require_same_values
+from fastsitch.chains.wrappers import unwrap_inside
 from fastsitch.errors import NetworkError
 
 
@@ -26,6 +31,7 @@ class CutNetwork:
     head: nn.Module
     names: list[str]
     layouts: dict[str, Layout]
+    graph: CutGraph
 
 
 def cut_module(
@@ -33,15 +39,61 @@ def cut_module(
     example_input: Tensor,
     positions: Sequence[str] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    output: str | int | None = None,
 ) -> CutNetwork:
     """Cut a copy of a traceable network at the positions with these names or patterns, None for the default ones.
 
     The segments are in eval mode, have no in-place activations and take any batch size. ``layouts`` are those of
-    positions where the one that would be found is wrong, or none. Raises NetworkError where the network cannot be cut.
+    positions where the one that would be found is wrong, or none; ``output`` is the name of the logits, where the
+    network returns more. What torch.fx cannot trace, torch.export is given. Raises NetworkError where the network
+    cannot be cut.
     """
     (model,) = copy_modules([model])
+    example = torch.cat([example_input[:1]] * max(SIZES))
+    # its own eval() may return nothing
     model.eval()
-    graph = CutGraph(model, example_input, layouts or {})
+    model = _with_logits(model, example, output)
+    given = example, positions, layouts or {}
+    try:
+        cut = _cut(model, trace_module, *given)
+    except CannotCut as by_fx:
+        try:
+            return _cut(model, export_module, *given)
+        except CannotCut as by_export:
+            raise NetworkError(f"{by_fx.message}; {by_export.message}; {FROM_SEGMENTS}") from by_fx
+    if most_weights_in(model, cut.graph.trace.opaque):
+        with suppress(CannotCut):
+            return _cut(model, export_module, *given)
+    return cut
+
+
+def _with_logits(model: nn.Module, example: Tensor, output: str | int | None) -> nn.Module:
+    """The same module, which returns its logits alone; raises NetworkError where it has none."""
+    what = f"cannot cut a {type(model).__name__}"
+    with torch.no_grad():
+        key = logits_key(run_model(model, example), what, output)
+        model = returning_logits(model, key)
+        logits = model(example) if key is not None else None
+    if logits is not None and logits.dim() != 2:
+        raise NetworkError(f"{what}: expected logits (B, classes), found {tuple(logits.shape)} at {key}")
+    return model
+
+
+def most_weights_in(model: nn.Module, paths: Iterable[str]) -> bool:
+    """Whether more than half of a network's parameters lie in one of these modules."""
+    every = sum(parameter.numel() for parameter in model.parameters())
+    return any(2 * sum(x.numel() for x in model.get_submodule(path).parameters()) > every for path in paths)
+
+
+def _cut(
+    model: nn.Module,
+    trace: Callable[[nn.Module, Tensor], Trace],
+    example: Tensor,
+    positions: Sequence[str] | None,
+    layouts: Mapping[str, Layout],
+) -> CutNetwork:
+    with torch.no_grad():
+        graph = CutGraph(model, trace(model, example), example, layouts)
     points = graph.default() if positions is None else graph.choose(positions)
     ends = [graph.trace.input, *(point.node for point in points), graph.data[-1]]
     with torch.no_grad():
@@ -50,7 +102,8 @@ def cut_module(
     after = _extract(graph, graph.data[-1], graph.output) if graph.output is not graph.data[-1] else None
     # a network may depend on what its graph does not show, such as a tensor that is changed in place
     require_same_values(model, segments, head, names, graph.example, after)
-    return CutNetwork(segments, head, names, {point.name: point.layout for point in points})
+    kinds = {point.name: point.layout for point in points}
+    return CutNetwork(segments, head, names, kinds, graph)
 
 
 def copy_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
@@ -67,6 +120,7 @@ def copy_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
     for module in (child for each in copied for child in each.modules()):
         if hasattr(module, "inplace"):
             module.__dict__["inplace"] = False
+        unwrap_inside(module)
     return copied
 
 

@@ -9,9 +9,6 @@ from torch import Tensor, fx, nn
 from fastsitch.chains.trace import Trace, first_line
 from fastsitch.errors import NetworkError
 
-SIZES = (2, 3)
-"""Numbers of images that a network is run on: sizes that depend on the batch then differ, others do not."""
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -21,20 +18,16 @@ class TensorSpec:
     dtype: torch.dtype
 
 
-def run_model(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits of some images."""
+def run_model(model: nn.Module, x: Tensor) -> Any:
+    """What a network returns for some images; raises NetworkError where it does not run on them."""
     try:
-        logits = model(x)
+        return model(x)
     # a network's own code: it may raise anything
     except Exception as error:
         raise NetworkError(
             f"cannot cut a {type(model).__name__}: it does not run on images {tuple(x.shape[1:])} "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise NetworkError(f"cannot cut a {type(model).__name__}: expected logits (B, classes), found {found}")
-    return logits
 
 
 def node_values(trace: Trace, x: Tensor) -> dict[fx.Node, Any]:

@@ -3,6 +3,7 @@
 import logging
 import os
 import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from fastsitch.chains import example_tracer
+from fastsitch.chains.example_tracer import ExampleTracer
 from fastsitch.errors import NetworkError, plain
 
 log = logging.getLogger(__name__)
@@ -20,7 +23,15 @@ MODEL = "model"
 FROM_SEGMENTS = "give its segments yourself: Chain.from_segments(segments, names, head, example_input)"
 """What errors advise where a network cannot be cut automatically."""
 
+SIZES = (2, 3)
+"""Numbers of images that a network is run on: sizes that depend on the batch then differ, others do not."""
+
 _TORCH = str(Path(torch.__file__).parent) + os.sep
+_TRACERS = (__file__, example_tracer.__file__)
+
+
+class CannotCut(NetworkError):
+    """A network that cannot be cut in the way that was tried."""
 
 
 class OneInput(nn.Module):
@@ -48,6 +59,8 @@ class Trace:
     """The module in whose ``forward`` a node was made."""
     opaque: dict[str, str] = field(default_factory=dict)
     """Modules that could not be traced and are run as a whole, and why."""
+    exported: bool = False
+    """Whether torch.export made it."""
 
     @property
     def input(self) -> fx.Node:
@@ -55,16 +68,17 @@ class Trace:
         return first
 
 
-def trace_module(model: nn.Module) -> Trace:
-    """Trace a network in the mode that it is in.
+def trace_module(model: nn.Module, example: Tensor) -> Trace:
+    """Trace a network in the mode that it is in, along example images: at least as many as the largest of SIZES.
 
-    A module inside it whose ``forward`` cannot be traced is run as a whole. Raises NetworkError, which names the module
-    and the line, where the network itself cannot be traced.
+    What the images fix, such as sizes, is a constant; their number is not. A module inside it whose ``forward`` cannot
+    be traced is run as a whole. Raises CannotCut, which names the module and the line, where the network itself cannot
+    be traced.
     """
     root = OneInput(model)
     opaque: dict[str, str] = {}
     while True:
-        tracer = _Tracer(frozenset(opaque))
+        tracer = _Tracer([example[:images] for images in SIZES], frozenset(opaque))
         try:
             graph = tracer.trace(root)
         # the network's code runs here, on symbols: it may raise anything
@@ -72,16 +86,16 @@ def trace_module(model: nn.Module) -> Trace:
             path = tracer.failed(error)
             reason = f"{_line(error)}{type(error).__name__}: {first_line(error)}"
             if not path:
-                raise NetworkError(f"cannot trace {type(model).__name__}, {reason}; {FROM_SEGMENTS}") from error
+                raise CannotCut(f"cannot trace {type(model).__name__}, {reason}") from error
             opaque[path] = f"{type(model.get_submodule(path)).__name__}, {reason}"
             log.info("module %s is run as a whole, it cannot be traced: %s", path, opaque[path])
         else:
             return Trace(root, graph, tracer.outputs, tracer.of_several, tracer.owners, opaque)
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, opaque: frozenset[str]) -> None:
-        super().__init__()
+class _Tracer(ExampleTracer):
+    def __init__(self, examples: Sequence[Tensor], opaque: frozenset[str]) -> None:
+        super().__init__(examples)
         self.outputs: dict[fx.Node, list[str]] = {}
         self.of_several: set[tuple[fx.Node, str]] = set()
         self.owners: dict[fx.Node, str] = {}
@@ -94,16 +108,16 @@ class _Tracer(fx.Tracer):
         return self._failed[1] if self._failed is not None and self._failed[0] is error else ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        name = _name_in_network(module_qualified_name)
+        name = name_in_network(module_qualified_name)
         return name in self._opaque or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def record_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
-        name, leaf = _name_in_network(path), self.is_leaf_module(m, path)
+        name, leaf = name_in_network(path), self.is_leaf_module(m, path)
         if not leaf:
             self._stack.append(name)
         try:
-            output = super().call_module(m, forward, args, kwargs)
+            output = super().record_module(m, forward, args, kwargs)
         except Exception as error:
             if self._failed is None or self._failed[0] is not error:
                 self._failed = error, self._stack[-1] if self._stack else ""
@@ -126,7 +140,7 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def _name_in_network(path: str) -> str:
+def name_in_network(path: str) -> str:
     """A module's name in the network, given that in the root."""
     return path.removeprefix(MODEL).removeprefix(".")
 
@@ -134,7 +148,7 @@ def _name_in_network(path: str) -> str:
 def _line(error: Exception) -> str:
     """``FILE:LINE 'source', `` of the innermost code outside torch that raised the error."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not frame.filename.startswith(_TORCH) and frame.filename != __file__:
+        if not frame.filename.startswith(_TORCH) and frame.filename not in _TRACERS:
             return f"{frame.filename}:{frame.lineno} {frame.line!r}, "
     return ""
 
@@ -142,3 +156,9 @@ def _line(error: Exception) -> str:
 def first_line(error: BaseException) -> str:
     """The message of an error that other code raised, in one line."""
     return plain((str(error).strip() or "no reason given").splitlines()[0])
+
+
+def operation(node: fx.Node) -> str:
+    """What a node calls, without the overload of an exported operation."""
+    packet = getattr(node.target, "overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))

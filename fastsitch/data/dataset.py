@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from fastsitch.data.grey import grey
 from fastsitch.data.image_files import ImageFiles
 from fastsitch.errors import ConfigError
 
@@ -139,21 +140,34 @@ class Dataset:
     @cached_property
     def normalisation(self) -> Normalisation:
         """Mean and standard deviation of the training images, from exact integer sums."""
+        return _statistics(self.train.pixels)
+
+    @cached_property
+    def _grey_normalisation(self) -> Normalisation:
         images = self.train.pixels
-        mean, std = [], []
-        values = torch.arange(256, dtype=torch.float64) / 255
-        for channel in range(images.shape[-1]):
-            # some images at a time: counting takes four bytes per pixel
-            blocks = torch.split(images[..., channel], max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
-            counted = [torch.bincount(block.reshape(-1).to(torch.int32), minlength=256) for block in blocks]
-            counts = torch.stack(counted).sum(0).double().cpu()
-            average = (counts @ values / counts.sum()).item()
-            variance = (counts @ (values - average) ** 2 / counts.sum()).item()
-            mean.append(round(average, 6))
-            # a channel without contrast is only shifted
-            std.append(round(variance**0.5, 6) or 1.0)
-        return Normalisation(tuple(mean), tuple(std))
+        parts = torch.split(images, max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
+        return _statistics(torch.cat([grey(part) for part in parts]))
+
+    def normalisation_for(self, channels: int) -> Normalisation:
+        """Mean and standard deviation of the training images as a network of so many channels sees them."""
+        return self._grey_normalisation if channels == 1 else self.normalisation
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set on another device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+def _statistics(images: Tensor) -> Normalisation:
+    mean, std = [], []
+    values = torch.arange(256, dtype=torch.float64) / 255
+    for channel in range(images.shape[-1]):
+        # some images at a time: counting takes four bytes per pixel
+        blocks = torch.split(images[..., channel], max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
+        counted = [torch.bincount(block.reshape(-1).to(torch.int32), minlength=256) for block in blocks]
+        counts = torch.stack(counted).sum(0).double().cpu()
+        average = (counts @ values / counts.sum()).item()
+        variance = (counts @ (values - average) ** 2 / counts.sum()).item()
+        mean.append(round(average, 6))
+        # a channel without contrast is only shifted
+        std.append(round(variance**0.5, 6) or 1.0)
+    return Normalisation(tuple(mean), tuple(std))

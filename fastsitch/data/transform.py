@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsitch.data.dataset import Normalisation
+from fastsitch.data.grey import grey
 from fastsitch.data.image_files import ImageFiles
 from fastsitch.data.preprocessing import Preprocessing
 from fastsitch.data.random_views import Views
@@ -25,6 +26,7 @@ class Transform:
         normalisation: of the pixels.
         resolution: height and width in pixels, each at least 1; None: those of the images.
         preprocessing: of a pretrained network, instead of resizing alone; then images may have any sizes.
+        grey: whether it sees the brightness of the images alone, as one channel.
 
     Raises:
         ConfigError: a resolution below 1.
@@ -33,6 +35,7 @@ class Transform:
     normalisation: Normalisation
     resolution: tuple[int, int] | None = None
     preprocessing: Preprocessing | None = None
+    grey: bool = False
 
     def __post_init__(self) -> None:
         if self.resolution is not None and min(self.resolution) < 1:
@@ -40,6 +43,8 @@ class Transform:
 
     def apply(self, images: Tensor | ImageFiles, views: Views | None = None) -> Tensor:
         """uint8 (N, H, W, C), or files -> fp32 (N, C, R, S) in channels-last memory, on the images' device.
+
+        C is 1 if grey.
 
         ``views``, on the same device, show the images before they are resized: what a view leaves empty is 0 after
         normalisation, the mean of the data. Resizing is linear and keeps constants, so that it may come last. A
@@ -49,7 +54,7 @@ class Transform:
             images = images.read(self.preprocessing)
         elif self.preprocessing is not None:
             images = self.preprocessing.apply(images)
-        x = self.normalisation.apply(images)
+        x = self.normalisation.apply(grey(images) if self.grey else images)
         return self.resize(x if views is None else views.apply(x))
 
     def viewed(self, size: tuple[int, int]) -> tuple[int, int]:
@@ -71,4 +76,6 @@ class Transform:
             content["resolution"] = list(self.resolution)
         if self.preprocessing is not None:
             content["preprocessing"] = self.preprocessing.to_dict()
+        if self.grey:
+            content["grey"] = True
         return content

@@ -132,7 +132,7 @@ def stitch(
     frozen = FrozenNetwork(receiver, dtype=dtype, device=torch_device)
     _require_fit(sender, frozen, receiver.input_shape, dataset)
     provider = FrozenNetwork(sender, dtype=dtype, device=torch_device)
-    transform = Transform(sender_normalisation or dataset.normalisation, sender.input_shape[1:])
+    transform = _transform(sender, sender_normalisation, dataset)
     train, test = (LiveSplit(provider, transform, x, stored=dtype, dtype=dtype) for x in (dataset.train, dataset.test))
     shapes = [[position.rows for position in chain.positions] for chain in (sender, receiver)]
     unit = Unit(sender="sender", receiver="receiver", setting="T2T", loss=loss, seed=seed)
@@ -146,7 +146,7 @@ def stitch(
     stitches = StitchWork(receiver=frozen, source=source, recipe=chosen, order=order, kernel=kernel, rules=rules)
     work = stitches.train()
     if loss == "match":
-        seen = Transform(receiver_normalisation or dataset.normalisation, receiver.input_shape[1:])
+        seen = _transform(receiver, receiver_normalisation, dataset)
         expected = LiveSplitInOrder(LiveSplit(frozen, seen, dataset.train, stored=dtype, dtype=dtype))
         matched = match(pair_moments(SenderMoments(LiveSplitInOrder(train), rules), expected))
         work = stitches.evaluate({cell: matched[cell.i, cell.j] for cell in cells})
@@ -154,11 +154,16 @@ def stitch(
     return _collected(sender, receiver, results)
 
 
+def _transform(chain: Chain, normalisation: Normalisation | None, dataset: Dataset) -> Transform:
+    channels, height, width = chain.input_shape
+    return Transform(normalisation or dataset.normalisation_for(channels), (height, width), grey=channels == 1)
+
+
 def _require_fit(sender: Chain, receiver: FrozenNetwork, images: tuple[int, int, int], dataset: Dataset) -> None:
     """Raise NetworkError where the chains do not take the data's images, or the receiver gives no logits for them."""
     channels = dataset.channels
     for role, shape in (("sender", sender.input_shape), ("receiver", images)):
-        if shape[0] != channels:
+        if shape[0] not in (1, channels):
             raise NetworkError(
                 f"the {role} takes images of {shape[0]} channels, {dataset.name} has {channels}: put a layer in front "
                 "of it that makes them fit"

@@ -131,7 +131,8 @@ class _Generator:
             )
             outside = (pixels < 0) | (pixels > 1)
             clamped[variant] = outside.double().flatten(1).mean(1).numpy()
-            generated[variant] = pixels.clamp(0, 1).float().numpy()
+            # those of a network that sees images grey are shown as the others
+            generated[variant] = pixels.clamp(0, 1).float().expand(*pixels.shape[:-1], 3).contiguous().numpy()
         sender, receiver = run.networks[unit.sender_network], run.networks[unit.receiver_network]
         pixels_NCHW = self._split.pixels.float().permute(0, 3, 1, 2) / 255
         return PairImages(

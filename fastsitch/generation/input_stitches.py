@@ -55,7 +55,8 @@ class InputImages:
         self._images = split.pixels
         self._transform = transform
         self._device = device
-        _, height, width, channels = split.pixels.shape
+        _, height, width, colours = split.pixels.shape
+        channels = 1 if transform.grey else colours
         self.shapes: Sequence[Shape] = [(channels, *(transform.resolution or (height, width)))]
         self.labels = split.labels.to(device)
         self.ids = torch.arange(len(split), device=device)

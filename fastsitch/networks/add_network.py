@@ -63,16 +63,20 @@ class NewNetwork:
     """By name of the position, where the one that is found is wrong, or none."""
     resolution: tuple[int, int] | None = None
     """Height and width that the network is built for."""
+    channels: int | None = None
+    """3, or 1 for a network that sees grey images; None: as it takes them."""
+    output: str | int | None = None
+    """Name or index of the logits in what it returns; None: see :func:`fastsitch.chains.logits.logits_key`."""
 
     def __post_init__(self) -> None:
         if self.name.built_in or self.name.random:
             kind = "an untrained control" if self.name.random else "built in"
             raise ConfigError(f"{self.name} is {kind}: expected a new name of letters, digits and _, such as resnet50")
-        if self.pretrained and (self.weights is not None or self.classes is not None):
-            other = argument("classes") if self.weights is None else argument("weights")
-            raise ConfigError(
-                f"{argument('pretrained', True)} brings weights for all of its outputs: leave out {other}"
-            )
+        for other in ("weights", "classes", "channels", "output") if self.pretrained else ():
+            if getattr(self, other) is not None:
+                raise ConfigError(
+                    f"{argument('pretrained', True)} brings all weights along: leave out {argument(other)}"
+                )
         if self.classes_from is not None and not self.pretrained:
             raise ConfigError(f"{argument('classes_from')} is for networks with {argument('pretrained', True)}")
         if self.name.seed and self.weights is None and not self.pretrained:
@@ -87,6 +91,8 @@ class NewNetwork:
                 raise ConfigError(f"{argument(option, value)}: expected {argument('weights')} too")
         if self.classes is not None:
             require_whole("classes", self.classes, 1, _MOST_CLASSES)
+        if self.channels not in (None, 1, 3):
+            raise ConfigError(f"{argument('channels', self.channels)}: expected 3, or 1 for grey images")
         if self.resolution is not None and not 1 <= min(self.resolution) <= max(self.resolution) <= _MAX_SIDE:
             raise ConfigError(
                 f"{argument('resolution', '{}x{}'.format(*self.resolution))}: expected sides from 1 to {_MAX_SIDE}"
@@ -170,10 +176,12 @@ def _define(new: NewNetwork, dataset: str, size: DatasetSize, images: Dataset | 
     return define(
         new.source,
         classes=classes,
-        input_shape=(3, height, width),
+        input_shape=(new.channels or 3, height, width),
+        grey=new.channels is None,
         normalisation=new.normalisation,
         positions=new.positions,
         layouts=new.layouts,
+        output=new.output,
     )
 
 
@@ -184,13 +192,13 @@ def _define_pretrained(new: NewNetwork, published: PretrainedNetwork, images: Da
         input_shape=published.input_shape,
         normalisation=new.normalisation or published.normalisation,
         preprocessing=published.preprocessing,
-        outputs=_outputs(new, published, images),
+        class_outputs=_class_outputs(new, published, images),
         positions=new.positions,
         layouts=new.layouts,
     )
 
 
-def _outputs(new: NewNetwork, published: PretrainedNetwork, images: Dataset) -> tuple[int, ...] | None:
+def _class_outputs(new: NewNetwork, published: PretrainedNetwork, images: Dataset) -> tuple[int, ...] | None:
     """The outputs of a pretrained network for the classes of a data set; None where they are its first ones."""
     given = {} if new.classes_from is None else read_class_outputs(new.classes_from)
     names, labels = images.class_names, published.labels
@@ -247,7 +255,7 @@ def _evaluated(
         width=definition.width,
         classes=definition.classes,
         input_shape=definition.input_shape,
-        normalisation=definition.normalisation or images.normalisation,
+        normalisation=definition.normalisation or images.normalisation_for(definition.input_shape[0]),
         recipe=recipe,
         accuracy=None,
         loss=None,
@@ -256,7 +264,7 @@ def _evaluated(
         definition=definition,
     )
     require_fit(draft, images)
-    evaluated = module if definition.outputs is None else definition.cut(module)
+    evaluated = module if definition.class_outputs is None else definition.cut(module)
     accuracy, loss = evaluate_network(evaluated.to(device), images.test.to(device), draft.transform)
     module.cpu()
     if published is not None and accuracy < _CHANCE / images.classes:

@@ -65,7 +65,12 @@ class NetworkRecord:
     def transform(self) -> Transform:
         """How a data set's images are prepared for the network."""
         preprocessing = None if self.definition is None else self.definition.preprocessing
-        return Transform(self.normalisation, self.input_shape[1:], preprocessing)
+        return Transform(self.normalisation, self.input_shape[1:], preprocessing, self._grey)
+
+    @property
+    def _grey(self) -> bool:
+        """Whether it is an added network of one channel, to which all images are grey."""
+        return self.definition is not None and self.input_shape[0] == 1
 
     def build(self) -> nn.Module:
         """The untrained network in eval mode: its name is the seed of its weights."""
@@ -224,7 +229,7 @@ def require_fit(record: NetworkRecord, dataset: Dataset) -> None:
     """
     # an added network may know more classes than the data set has
     fits = record.classes == dataset.classes or (record.definition is not None and record.classes > dataset.classes)
-    if record.input_shape[0] != dataset.channels or not fits:
+    if (record.input_shape[0] != dataset.channels and not record.transform.grey) or not fits:
         raise NetworkError(
             f"{record.name} was built for images of {record.input_shape[0]} channels and {record.classes} classes, but "
             f"{dataset.name} has {dataset.channels} and {dataset.classes}: {_TRAIN_AGAIN}"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastsitch.chains.trace import first_line
+from fastsitch.chains.wrappers import unwrapped
 from fastsitch.errors import FastsitchError, NetworkError, argument
 from fastsitch.files import expanded
 from fastsitch.identity import stable_hash
@@ -87,7 +88,7 @@ class ModelSource:
         # not isinstance, which believes what an object says of its class
         if not issubclass(type(module), nn.Module):
             raise NetworkError(f"{self.text} returns a {type(module).__name__}: expected an nn.Module")
-        module = module.float().cpu()
+        module = unwrapped(module).float().cpu()
         # the module may override train() and return nothing
         module.eval()
         return module

@@ -15,6 +15,8 @@ from torch.nn.parameter import is_lazy
 from fastsitch.chains.chain import Chain
 from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.chains.layout import Layout
+from fastsitch.chains.logits import logits_key, returning_logits
+from fastsitch.chains.node_values import run_model
 from fastsitch.chains.position import Position
 from fastsitch.chains.vet_chain import gradient_faults
 from fastsitch.checked_files import DamagedFile, read_json, with_hash
@@ -50,10 +52,12 @@ class Definition:
     """Forward FLOPs per image of every segment, then of the head."""
     preprocessing: Preprocessing | None = None
     """Of a pretrained network: how its publishers resized and cropped images; None: they are only resized."""
-    outputs: tuple[int, ...] | None = None
+    class_outputs: tuple[int, ...] | None = None
     """The outputs of its head that stand for the classes of the data set, in their order; None: the first ones."""
     draws_weights: bool = True
     """Whether its code draws its weights anew for every seed; False where it brings weights along, as trained ones."""
+    output: str | None = None
+    """Where its logits are in what it returns; None: it returns them alone."""
 
     def to_dict(self) -> dict[str, Any]:
         positions = [position.to_dict() for position in self.positions]
@@ -64,7 +68,7 @@ class Definition:
         }
         content["preprocessing"] = None if self.preprocessing is None else self.preprocessing.to_dict()
         # as in definitions that were made before there were others
-        for key, usual in (("draws_weights", True), ("preprocessing", None), ("outputs", None)):
+        for key, usual in (("draws_weights", True), ("preprocessing", None), ("class_outputs", None), ("output", None)):
             if content[key] == usual:
                 del content[key]
         return content
@@ -72,7 +76,8 @@ class Definition:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "Definition":
         """The inverse of :meth:`to_dict`; raises KeyError or TypeError, or NetworkError."""
-        given, preprocessing, outputs = content["normalisation"], content.get("preprocessing"), content.get("outputs")
+        given, preprocessing = content["normalisation"], content.get("preprocessing")
+        class_outputs = content.get("class_outputs")
         channels, height, width = content["input_shape"]
         return typed(
             cls(
@@ -83,8 +88,9 @@ class Definition:
                 positions=tuple(Position.from_dict(entry) for entry in content["positions"]),
                 flops=tuple(content["flops"]),
                 preprocessing=None if preprocessing is None else Preprocessing.from_dict(preprocessing),
-                outputs=None if outputs is None else tuple(outputs),
+                class_outputs=None if class_outputs is None else tuple(class_outputs),
                 draws_weights=content.get("draws_weights", True),
+                output=content.get("output"),
             )
         )
 
@@ -94,8 +100,11 @@ class Definition:
         return self.positions[0].rows[0]
 
     def build(self, key: Any = 0) -> nn.Module:
-        """The module with the weights that its own code draws with this seed; see :meth:`ModelSource.build`."""
-        return self.source.build(self.classes, self.input_shape, key)
+        """The module with the weights that its own code draws with this seed; see :meth:`ModelSource.build`.
+
+        It returns logits, whatever else its code returns beside them.
+        """
+        return returning_logits(self.source.build(self.classes, self.input_shape, key), self.output)
 
     def cut(self, module: nn.Module) -> Chain:
         """The chain of a module that :meth:`build` made; raises NetworkError when its positions are no longer these."""
@@ -107,8 +116,8 @@ class Definition:
                 f"{self.source.text} has changed since it was added: it has positions "
                 f"{_listed(chain.positions)}, expected {_listed(self.positions)}; {_ADD_AGAIN}"
             )
-        if self.outputs is not None:
-            chain.head = nn.Sequential(chain.head, ChosenOutputs(self.outputs))
+        if self.class_outputs is not None:
+            chain.head = nn.Sequential(chain.head, ChosenOutputs(self.class_outputs))
         return chain
 
 
@@ -132,28 +141,39 @@ def define(
     input_shape: tuple[int, int, int],
     normalisation: Normalisation | None = None,
     preprocessing: Preprocessing | None = None,
-    outputs: tuple[int, ...] | None = None,
+    class_outputs: tuple[int, ...] | None = None,
     positions: Sequence[str] | str | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    output: str | int | None = None,
+    grey: bool = False,
 ) -> Definition:
-    """Build a network and find its positions and FLOPs; positions and layouts are those of :meth:`Chain.from_module`.
+    """Build a network and find its positions and FLOPs; the options are those of :meth:`Chain.from_module`.
 
+    With ``grey``, a network that does not run on images of this shape, but on those of one channel, is taken for them.
     Raises NetworkError when it cannot be built, run or cut, or does not have one output per class.
     """
     module = source.build(classes, input_shape)
+    with foreign_code(source.text), torch.no_grad():
+        grey = grey and _takes_grey_alone(module, input_shape)
+    if grey:
+        log.info("%s takes images of one channel: it sees images in grey", source.text)
+        input_shape = (1, *input_shape[1:])
+        module = source.build(classes, input_shape)
     if isinstance(module, Chain) and positions is not None:
         raise ConfigError(
             f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
         )
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
-        chain = _chain(module, input_shape, positions, layouts)
+        what = f"cannot cut a {type(module).__name__}"
+        key = logits_key(run_model(module, torch.zeros(2, *input_shape)), what, output)
+        chain = _chain(returning_logits(module, key), input_shape, positions, layouts)
         logits = chain(torch.zeros(2, *input_shape))
     if logits.shape != (2, classes):
         raise NetworkError(
             f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one per class"
         )
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
     wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if wrong:
         raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong[0]}): expected finite ones")
@@ -161,12 +181,13 @@ def define(
         source=source.with_neighbours(),
         classes=classes,
         input_shape=input_shape,
-        normalisation=normalisation,
+        normalisation=_of_channels(normalisation, input_shape[0]),
         preprocessing=preprocessing,
-        outputs=outputs,
+        class_outputs=class_outputs,
         positions=tuple(chain.positions),
         flops=chain_flops(chain),
         draws_weights=_differ_with_the_seed(source.text, module, source.build(classes, input_shape, 1)),
+        output=key,
     )
     without, zero = gradient_faults(chain, range(len(chain.positions)))
     if without:
@@ -175,6 +196,33 @@ def define(
         log.warning("%s: the gradient at %s is zero: stitches there cannot learn", source.text, ", ".join(zero))
     # exactly as it comes back from a file
     return Definition.from_dict(definition.to_dict())
+
+
+def _takes_grey_alone(module: nn.Module, input_shape: tuple[int, int, int]) -> bool:
+    """Whether a module runs on images of one channel, and not on those of this shape."""
+    if any(is_lazy(parameter) for parameter in module.parameters()):
+        return False
+    try:
+        run_model(module, torch.zeros(2, *input_shape))
+    except NetworkError:
+        try:
+            run_model(module, torch.zeros(2, 1, *input_shape[1:]))
+        except NetworkError:
+            return False
+        return True
+    return False
+
+
+def _of_channels(normalisation: Normalisation | None, channels: int) -> Normalisation | None:
+    """One number for all channels where a network has but one."""
+    if normalisation is None or len(normalisation.mean) == channels:
+        return normalisation
+    if len({*normalisation.mean}) > 1 or len({*normalisation.std}) > 1:
+        raise ConfigError(
+            f"{argument('mean', normalisation.mean)} {argument('std', normalisation.std)}: expected one number of each "
+            "for a network that sees images in grey"
+        )
+    return Normalisation(normalisation.mean[:1] * channels, normalisation.std[:1] * channels)
 
 
 def read_definition(folder: Path, architecture: str) -> Definition | None:

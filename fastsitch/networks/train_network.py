@@ -145,14 +145,17 @@ def train_network(
     if not name.built_in:
         known = definitions_folder(root, dataset.name, name.architecture)
         definition = require_definition(known, name.architecture)
+    input_shape = (channels, height, breadth) if definition is None else definition.input_shape
     draft = NetworkRecord(
         name=str(name),
         dataset=dataset.name,
         data_hash=dataset.hash,
         width=width if definition is None else definition.width,
         classes=dataset.classes if definition is None else definition.classes,
-        input_shape=(channels, height, breadth) if definition is None else definition.input_shape,
-        normalisation=normalisation or (definition and definition.normalisation) or dataset.normalisation,
+        input_shape=input_shape,
+        normalisation=normalisation
+        or (definition and definition.normalisation)
+        or dataset.normalisation_for(input_shape[0]),
         recipe=asdict(recipe),
         accuracy=None,
         loss=None,
