@@ -10,13 +10,13 @@ an interrupted run goes on where it stopped.
 
 import argparse
 import json
-import logging
 import multiprocessing
 import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.chains.chain import Chain
+from fastsitch.chains.cut_points import CutGraph
 from fastsitch.chains.module_between_cuts import cut_module
 from fastsitch.chains.vet_chain import vet_chain
 from fastsitch.errors import FastsitchError
@@ -43,6 +44,8 @@ LARGE = re.compile(
 
 MOST_PARAMETERS = 60_000_000
 MOST_SECONDS = 600
+MOST_BETWEEN = 0.4
+"""Of the operations of a network, between two positions: more, and its blocks are beside each other."""
 
 Row = dict[str, Any]
 
@@ -131,19 +134,6 @@ def randomise(model: nn.Module) -> None:
     model.eval()
 
 
-class Heard(logging.Handler):
-    """Blocks that the log says are no positions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left_out: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        found = re.search(r": block (\S+) is no position: (.*)", record.getMessage())
-        if found:
-            self.left_out.append(f"{found[1]}: {found[2]}")
-
-
 def hides_blocks(model: nn.Module, path: str) -> bool:
     """Whether a module that is run as a whole holds several modules of one kind in a row."""
     rows = (m for m in model.get_submodule(path).modules() if isinstance(m, nn.Sequential | nn.ModuleList))
@@ -151,16 +141,20 @@ def hides_blocks(model: nn.Module, path: str) -> bool:
     return any(len(row) > len(set(row)) for row in kinds)
 
 
+def longest_gap(graph: CutGraph, chain: Chain) -> float:
+    """The largest share of a network's operations between two positions."""
+    names = {position.name for position in chain.positions}
+    ends = [0, *(graph.order[point.node] for point in graph.points if names & set(point.aliases)), len(graph.data) - 1]
+    return max(after - before for before, after in pairwise(ends)) / len(graph.data)
+
+
 @torch.no_grad()
 def cut(source: str, side: int) -> Row:
     """What comes of a network at one size."""
     model = ModelSource.parse(source).build(CLASSES, (3, side, side))
     randomise(model)
-    heard = Heard()
-    logging.getLogger("fastsitch").addHandler(heard)
     # as Chain.from_module does with all but an nn.Sequential, and with the graph at hand
     found = cut_module(model, images(1, side))
-    logging.getLogger("fastsitch").removeHandler(heard)
     graph = found.graph
     chain = Chain(found.segments, found.head, found.names, (3, side, side), found.layouts)
     vet_chain(chain, "it")
@@ -172,18 +166,21 @@ def cut(source: str, side: int) -> Row:
         for position, representation in zip(chain.positions, representations, strict=True):
             if not torch.equal(chain.tail(representation.clone(), position.index), expected):
                 wrong.append(f"{position.name} with {count} images")
+    left_out = graph.left_out()
     hidden = [path for path in graph.trace.opaque if hides_blocks(model, path)]
     reasons = [
         *(f"other bits from {name} on" for name in wrong[:1]),
         *(f"{path} is run as a whole ({graph.trace.opaque[path]})" for path in hidden[:1]),
-        *(f"{len(heard.left_out)} blocks, {entry}" for entry in heard.left_out[:1]),
+        *(f"{len(left_out)} blocks are no positions, {path}: {why}" for path, why in [*left_out.items()][:1]),
     ]
+    if not reasons and longest_gap(graph, chain) > MOST_BETWEEN:
+        reasons.append(f"{100 * longest_gap(graph, chain):.0f} % of its operations lie between two positions")
     return {
         "side": side,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "positions": len(chain.positions),
-        "blocks": len(graph.blocks),
-        "left_out": len(heard.left_out),
+        "blocks": sum(point.node in graph.blocks for point in graph.points),
+        "left_out": len(left_out),
         "exported": graph.trace.exported,
         "exact": not wrong,
         "full": not reasons,

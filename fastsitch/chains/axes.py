@@ -51,6 +51,8 @@ def follow_axes(
     ``batches`` are the axes of the images, 0 or 1, where there are any; the layouts ``given`` are right.
     """
     known = {nodes[0]: Axes("CHW")}
+    # where the meaning was lost, the last node that has one
+    lost: dict[fx.Node, fx.Node] = {}
     image_size = shapes[nodes[0]][1:]
     for node in nodes[1:]:
         parents = [parent for parent in node.all_input_nodes if parent in known]
@@ -60,8 +62,17 @@ def follow_axes(
         before = None if parent is None else known[parent]
         guess = _module_axes(module, shapes.get(node), image_size)
         axes = Axes.of(given[node]) if node in given else _axes(node, module, parent, before, guess, shapes, batches)
+        earlier = [lost.get(one, one) for one in node.all_input_nodes if one in lost or one in known]
+        if axes is None and parent not in known:
+            # windows, and groups of channels, that are put together again
+            alike = (
+                one for one in earlier if shapes.get(one) == shapes.get(node) and batches.get(one) == batches.get(node)
+            )
+            axes = next((known[one] for one in alike if node in shapes), None)
         if axes is not None:
             known[node] = axes
+        elif earlier:
+            lost[node] = earlier[0]
     return known
 
 

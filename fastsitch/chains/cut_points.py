@@ -78,9 +78,10 @@ class CutGraph:
         are none: every layer with weights, together with the normalisation and activation that follow it.
         """
         ends = [point for point in self.points if point.node in self.blocks]
+        for path, reason in self.left_out().items():
+            log.warning("%s: block %s is no position: %s", self, path, reason)
         if not ends:
             return self._layers()
-        self._log_left_out(ends)
         first = min(self._first_node(path) for path in self.blocks.values())
         before = [point for point in self.points if self.order[point.node] < first]
         chosen = before[-1:] + ends
@@ -121,17 +122,19 @@ class CutGraph:
                 return axis
         return None
 
-    def _log_left_out(self, ends: Sequence[CutPoint]) -> None:
-        """Say which blocks are no positions, and why."""
+    def left_out(self) -> dict[str, str]:
+        """The blocks that are no positions, and why."""
         kinds = {type(self.model.get_submodule(path)) for path in self.blocks.values()}
-        named = {name for point in ends for name in point.aliases}
+        named = {name for point in self.points if point.node in self.blocks for name in point.aliases}
         cut = {path for node in self.cuts for path in self.trace.outputs.get(node, ())}
+        reasons = {}
         for path, module in self.model.named_modules():
             inside = any(path.startswith(f"{block}.") for block in self.blocks.values())
             if type(module) not in kinds or path in named or inside:
                 continue
-            reason = "what its output means is not known" if path in cut else "its output is not on every path"
-            log.warning("%s: block %s is no position: %s", self, path, reason)
+            known = path in cut
+            reasons[path] = "what its output means is not known" if known else "its output is not on every path"
+        return reasons
 
     def _log_guesses(self, points: Sequence[CutPoint]) -> None:
         """One line for all positions of one shape and grid."""
