@@ -111,15 +111,11 @@ class ImageFiles:
         return x.to(self.device) if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 
 
-def files_hash(files: Sequence[Path], names: Sequence[str], labels: Sequence[int]) -> str:
-    """sha256 over the names, labels and bytes of files, in their order."""
+def files_hash(names: Sequence[str], labels: Sequence[int], digests: Sequence[bytes]) -> str:
+    """sha256 over the names, labels and contents of files, in their order; ``digests`` are sha256 of their bytes."""
     digest = hashlib.sha256()
-    for file, name, label in zip(files, names, labels, strict=True):
-        try:
-            content = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise DataError(f"cannot read {file} ({error.strerror})") from None
-        digest.update(f"{name}\0{label}\0{content}\n".encode())
+    for name, label, content in zip(names, labels, digests, strict=True):
+        digest.update(f"{name}\0{label}\0{content.hex()}\n".encode())
     return digest.hexdigest()
 
 

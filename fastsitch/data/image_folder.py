@@ -4,7 +4,7 @@ import logging
 import os
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fastsitch.data.dataset_name import DatasetName
+from fastsitch.data.file_facts import FileFacts, FolderFacts
 from fastsitch.data.file_formats import Arrays, padding
 from fastsitch.data.folder_splits import FolderSplit, find_splits
 from fastsitch.data.image_files import ImageFiles, files_hash
@@ -43,6 +44,7 @@ class ImageFolder:
     size: tuple[int, int] | None
     sizes: str = ""
     """Of two images that differ in size."""
+    facts: FolderFacts | None = field(default=None, compare=False, repr=False)
 
     @property
     def padded_size(self) -> tuple[int, int] | None:
@@ -60,8 +62,10 @@ class ImageFolder:
         return 3 * height * width * (len(self.train.files) + len(self.test.files))
 
     @classmethod
-    def scan(cls, name: DatasetName) -> "ImageFolder":
+    def scan(cls, name: DatasetName, data_dir: Path) -> "ImageFolder":
         """Find the images of a folder with their classes, and look at the heads of those that are taken.
+
+        What was seen is remembered in ``data_dir``, see :class:`FolderFacts`.
 
         Raises DataError, naming the file where there is one, for splits and classes that do not fit (see
         :func:`find_splits`), too few images for the subset, and images that cannot be opened, have pixels of another
@@ -73,8 +77,10 @@ class ImageFolder:
             split.some(which, name.subset, len(classes), str(name))
             for which, split in (("train", train), ("test", test))
         )
-        size, sizes = _common_size([*train.files, *test.files], name)
-        return cls(name, train, test, classes, size, sizes)
+        facts = FolderFacts(name.path, data_dir)
+        size, sizes = _common_size([*train.files, *test.files], name, facts)
+        facts.save()
+        return cls(name, train, test, classes, size, sizes, facts)
 
     def files(self) -> tuple[ImageFiles, ImageFiles]:
         """The images as they lie in their files, training and test; none is decoded yet."""
@@ -82,11 +88,14 @@ class ImageFolder:
         return train, test
 
     def hash(self) -> str:
-        """sha256 over the names, labels and bytes of all files."""
+        """sha256 over the names, labels and bytes of all files; they are read where they have changed since."""
         assert self.name.path is not None
+        assert self.facts is not None
         files = [*self.train.files, *self.test.files]
+        digests = self.facts.digests(files, look_at)
+        self.facts.save()
         names = [file.relative_to(self.name.path).as_posix() for file in files]
-        return files_hash(files, names, [*self.train.labels, *self.test.labels])
+        return files_hash(names, [*self.train.labels, *self.test.labels], digests)
 
     def read(self, scratch: Path) -> tuple[Arrays, Arrays]:
         """Decode all images as (N, H, W, 3), training and test; 28x28 ones are padded to 32x32.
@@ -144,25 +153,33 @@ class ImageFolder:
         return shown
 
 
-def _common_size(files: Sequence[Path], name: DatasetName) -> tuple[tuple[int, int] | None, str]:
+def look_at(file: Path) -> FileFacts:
+    """The facts of an image file from its head; raises DataError, naming it, where it is none that can be read."""
+    with opened(file) as picture:
+        width, height = upright_size(picture)
+        require_known_pixels(picture, file)
+        transparent = has_alpha(picture)
+        # after the rest: to tell, Pillow looks for the second frame
+        return FileFacts(height, width, transparent, bool(getattr(picture, "is_animated", False)))
+
+
+def _common_size(files: Sequence[Path], name: DatasetName, facts: FolderFacts) -> tuple[tuple[int, int] | None, str]:
     """Height and width of all images, or None and a line on two that differ."""
     sizes = ""
-    first: tuple[Path, tuple[int, int]] | None = None
+    first: tuple[Path, FileFacts] | None = None
     transparent: list[Path] = []
     moving: list[Path] = []
     for file in files:
-        with opened(file) as picture:
-            size = upright_size(picture)
-            require_known_pixels(picture, file)
-            if has_alpha(picture):
-                transparent.append(file)
-            # after the rest: to tell, Pillow looks for the second frame
-            if getattr(picture, "is_animated", False):
-                moving.append(file)
+        seen = facts.of(file, look_at)
+        if seen.transparent:
+            transparent.append(file)
+        if seen.moving:
+            moving.append(file)
         if first is None:
-            first = (file, size)
-        if name.side is None and size != first[1] and not sizes:
-            sizes = f"{file} is {size[0]}x{size[1]} but {first[0]} is {first[1][0]}x{first[1][1]}"
+            first = (file, seen)
+        other = first[1]
+        if name.side is None and not sizes and (seen.height, seen.width) != (other.height, other.width):
+            sizes = f"{file} is {seen.width}x{seen.height} but {first[0]} is {other.width}x{other.height}"
     if transparent:
         log.info(
             "%d images may be transparent, such as %s: they are shown over %s (--background)",
@@ -175,7 +192,7 @@ def _common_size(files: Sequence[Path], name: DatasetName) -> tuple[tuple[int, i
     assert first is not None
     if name.side is not None:
         return (name.side, name.side), ""
-    return (None, sizes) if sizes else ((first[1][1], first[1][0]), "")
+    return (None, sizes) if sizes else ((first[1].height, first[1].width), "")
 
 
 def _array_on_disk(shape: tuple[int, ...], folder: Path) -> NDArray[np.uint8]:

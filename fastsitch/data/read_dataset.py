@@ -34,7 +34,7 @@ def dataset_size(name: str, data_dir: Path) -> DatasetSize | None:
     if not parsed.path.exists():
         return None
     if parsed.kind == "imagefolder":
-        folder = ImageFolder.scan(parsed)
+        folder = ImageFolder.scan(parsed, data_dir)
         height, width = folder.padded_size or (0, 0)
         return DatasetSize(len(folder.train.files), len(folder.test.files), len(folder.classes), height, width)
     dataset = load_dataset(name, data_dir)
@@ -64,7 +64,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
 
 def _folder(name: DatasetName, data_dir: Path) -> Dataset:
     """An image folder; of a subset no other image is decoded."""
-    folder = ImageFolder.scan(name)
+    folder = ImageFolder.scan(name, data_dir)
     whole = Whole(str(name.whole), None, all_tested=name.subset.test is None) if name.subset else None
     if folder.size is None:
         # every network brings them to its own size
