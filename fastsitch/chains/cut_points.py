@@ -2,7 +2,7 @@
 
 import builtins
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from fastsitch.chains.axes import follow_axes
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.node_values import TensorSpec, node_values
-from fastsitch.chains.trace import SIZES, CannotCut, Trace, first_line, operation
+from fastsitch.chains.trace import FROM_SEGMENTS, SIZES, CannotCut, Trace, first_line, operation
 from fastsitch.errors import NetworkError, argument
 
 log = logging.getLogger(__name__)
@@ -129,8 +129,7 @@ class CutGraph:
         cut = {path for node in self.cuts for path in self.trace.outputs.get(node, ())}
         reasons = {}
         for path, module in self.model.named_modules():
-            inside = any(path.startswith(f"{block}.") for block in self.blocks.values())
-            if type(module) not in kinds or path in named or inside:
+            if type(module) not in kinds or path in named or self._inside(path, self.blocks.values()):
                 continue
             known = path in cut
             reasons[path] = "what its output means is not known" if known else "its output is not on every path"
@@ -224,9 +223,12 @@ class CutGraph:
             if known is not None and layout is not None and (batches[node] == 0 or layout.layout == "tokens"):
                 points.append(CutPoint(node, names[node][0], tuple(names[node]), shapes[node], layout, known.guessed))
         if not points:
-            opaque = "".join(f"; {path} cannot be traced: {reason}" for path, reason in self.trace.opaque.items())
-            nothing = "no tensor between its image and its logits lies on every path"
-            raise CannotCut(f"cannot cut a {self}: {nothing}{opaque}")
+            nothing = f"cannot cut a {self}: no tensor between its image and its logits lies on every path"
+            if not self.trace.opaque:
+                # whoever traces it
+                raise NetworkError(f"{nothing}; {FROM_SEGMENTS}")
+            opaque = "; ".join(f"{path} cannot be traced: {reason}" for path, reason in self.trace.opaque.items())
+            raise CannotCut(f"{nothing}; {opaque}")
         return points
 
     def _names(self) -> dict[fx.Node, list[str]]:
@@ -259,10 +261,15 @@ class CutGraph:
         blocks: dict[fx.Node, str] = {}
         ends = {path: node for node in self.cuts for path in self.trace.outputs.get(node, ())}
         for path, module in self.model.named_modules():
-            inside = any(path.startswith(f"{block}.") for block in blocks.values())
-            if type(module) in kinds and path in ends and not inside:
+            if type(module) in kinds and path in ends and not self._inside(path, blocks.values()):
                 blocks[ends[path]] = path
-        return blocks
+        # one that blocks share may be named before them
+        return {node: path for node, path in blocks.items() if not self._inside(path, blocks.values())}
+
+    def _inside(self, path: str, blocks: Collection[str]) -> bool:
+        """Whether a module belongs to one of these blocks, by its name or by where it is called."""
+        called = self.trace.callers.get(path, set())
+        return any(path.startswith(f"{block}.") or (block != path and block in called) for block in blocks)
 
     def _first_node(self, path: str) -> int:
         """The index of the first node that belongs to a module."""

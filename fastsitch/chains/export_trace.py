@@ -79,7 +79,11 @@ class _Rebuilt:
         owners = {node: _path(calls[-1]) if calls else "" for node, calls in self.calls.items()}
         for node in self.graph.nodes:
             owners.setdefault(node, "")
-        return Trace(self.root, self.graph, self._outputs(), set(), owners, exported=True)
+        callers: dict[str, set[str]] = {}
+        for calls in self.calls.values():
+            for index, call in enumerate(calls):
+                callers.setdefault(_path(call), set()).update(map(_path, calls[:index]))
+        return Trace(self.root, self.graph, self._outputs(), set(), owners, callers, exported=True)
 
     def _input(self, spec: Any, placeholder: fx.Node) -> fx.Node:
         kind = torch.export.graph_signature.InputKind

@@ -57,6 +57,8 @@ class Trace:
     """Those of them that have more outputs, of which the node is the first."""
     owners: dict[fx.Node, str]
     """The module in whose ``forward`` a node was made."""
+    callers: dict[str, set[str]] = field(default_factory=dict)
+    """The modules during whose ``forward`` a module was called: not always those that its name is made of."""
     opaque: dict[str, str] = field(default_factory=dict)
     """Modules that could not be traced and are run as a whole, and why."""
     exported: bool = False
@@ -90,7 +92,7 @@ def trace_module(model: nn.Module, example: Tensor) -> Trace:
             opaque[path] = f"{type(model.get_submodule(path)).__name__}, {reason}"
             log.info("module %s is run as a whole, it cannot be traced: %s", path, opaque[path])
         else:
-            return Trace(root, graph, tracer.outputs, tracer.of_several, tracer.owners, opaque)
+            return Trace(root, graph, tracer.outputs, tracer.of_several, tracer.owners, tracer.callers, opaque)
 
 
 class _Tracer(ExampleTracer):
@@ -99,6 +101,7 @@ class _Tracer(ExampleTracer):
         self.outputs: dict[fx.Node, list[str]] = {}
         self.of_several: set[tuple[fx.Node, str]] = set()
         self.owners: dict[fx.Node, str] = {}
+        self.callers: dict[str, set[str]] = {}
         self._opaque = opaque
         self._stack: list[str] = []
         self._failed: tuple[Exception, str] | None = None
@@ -114,6 +117,7 @@ class _Tracer(ExampleTracer):
     def record_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
         name, leaf = name_in_network(path), self.is_leaf_module(m, path)
+        self.callers.setdefault(name, set()).update(self._stack)
         if not leaf:
             self._stack.append(name)
         try:
