@@ -30,7 +30,11 @@ _LONGEST_COMMENT = 65_535
 
 def expanded(path: str | os.PathLike[str]) -> Path:
     """A path as a user gave it, with ``~`` and variables such as ``$HOME`` in it replaced, as a shell does."""
-    return Path(os.path.expandvars(path)).expanduser()
+    replaced = Path(os.path.expandvars(path))
+    try:
+        return replaced.expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{replaced}: there is no user of that name; expected ~/ for your own folder") from None
 
 
 def output_folder(out: str | os.PathLike[str]) -> Path:

@@ -4,11 +4,14 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import fastsitch
 from fastsitch.data import Dataset
 from fastsitch.errors import NetworkError
+from fastsitch.networks.model_source import ModelSource
 from tests.conftest import save_npz
 
 NETWORK = """
@@ -115,3 +118,16 @@ def test_neighbours_come_before_modules_of_their_name(few: str, tmp_path: Path) 
         assert sys.modules["blocks"] is other
     finally:
         del sys.modules["blocks"]
+
+
+def test_weights_drawn_by_numpy_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    (tmp_path / "drawn.py").write_text(
+        "import random\nimport numpy, torch\nfrom torch import nn\n\n\ndef network():\n    layer = nn.Linear(3, 2)\n"
+        "    layer.weight.data = torch.tensor(numpy.random.randn(2, 3)).float() * random.random()\n    return layer\n"
+    )
+    source = ModelSource.parse(f"{tmp_path}/drawn.py:network")
+    state = np.random.get_state()[1].copy()
+    built = [source.build(2, (3, 1, 1), key).weight for key in (0, 0, 1)]
+    assert torch.equal(built[0], built[1])
+    assert not torch.equal(built[0], built[2])
+    assert (np.random.get_state()[1] == state).all()

@@ -328,3 +328,10 @@ def test_what_is_done_can_be_read_where_nothing_can_be_written(
             assert "(Permission denied)" in ended.stderr.splitlines()[-1]
     for path in (tmp_path / "root").rglob("*"):
         path.chmod(path.stat().st_mode | 0o200)
+
+
+def test_a_user_that_there_is_not_is_named(run_cli: Command) -> None:
+    for option in ("--root", "--data-dir"):
+        ended = run_cli("train", "R1111", option, "~nobody-here/x")
+        assert ended.returncode == 2, ended
+        assert "~nobody-here/x: there is no user of that name" in ended.stderr

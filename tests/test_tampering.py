@@ -177,6 +177,12 @@ def test_arrays_of_other_names_dtypes_and_shapes_are_refused(root: Path) -> None
             np.savez(file, **{**known, **change})
         with pytest.raises(RunError, match=f"is damaged .*{next(iter(change))} is .*expected"):
             run.read(run.units[0])
+    for change in ({"stitches_bytes": np.array("many")}, {"stitches_bytes": np.ones((2, 2), int)}):
+        with path.open("wb") as file:
+            np.savez(file, **{**known, **change})
+        assert not run.intact(run.units[0])
+        with pytest.raises(RunError, match=r"npz is damaged: stitches_bytes is .*expected"):
+            run.stitches(run.units[0])
     np.savez_compressed(path, **known)
     with pytest.raises(RunError, match="is not stored as it was written"):
         run.read(run.units[0])
@@ -312,12 +318,34 @@ def raises(): raise Strange("on purpose\\x1b[31m" + "x" * 1000)
 def doubles():
     torch.set_default_dtype(torch.float64)
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError
+
+def mute(classes):
+    raise Mute
+
+built = 0
+
+def grows(classes):
+    global built
+    built += 1
+    return nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(built)], nn.Flatten(), nn.LazyLinear(classes))
+
+class Stays(nn.Sequential):
+    def eval(self):
+        raise RuntimeError("never")
+
+def stays(classes):
+    return Stays(nn.Flatten(), nn.Linear(3072, classes))
 """
 
 
 def test_code_that_leaves_or_raises_anything_is_named(tmp_path: Path, run_cli: Command) -> None:
     (tmp_path / "hostile.py").write_text(HOSTILE)
-    for name in ("leaves", "raises", "lies"):
+    for name in ("leaves", "raises", "lies", "mute", "grows", "stays"):
         ended = run_cli("add", "n", "--from", f"{tmp_path}/hostile.py:{name}", "--root", tmp_path / "root")
         assert ended.returncode == 2, (name, ended)
         assert ended.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """Foreign networks as users bring them: a right number, or one line that names the position and what to do."""
 
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import Tensor, nn
 
 import fastsitch
@@ -17,6 +19,7 @@ from fastsitch.chains.chain import Chain
 from fastsitch.chains.vet_chain import gradient_faults
 from fastsitch.data import Dataset, Split
 from fastsitch.errors import NetworkError
+from fastsitch.receivers.frozen_network import FrozenNetwork
 from tests.conftest import Command
 
 IMAGES = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -47,6 +50,14 @@ def unsteady_norm() -> nn.Module:
     return nn.BatchNorm2d(8, track_running_stats=False)
 
 
+class Stubborn(nn.BatchNorm2d):
+    """Does not leave training."""
+
+    def train(self, mode: bool = True) -> "Stubborn":
+        super().train(True)
+        return self
+
+
 WAYS: dict[str, Callable[[nn.Module], Chain]] = {
     "module": lambda middle: Chain.from_module(
         Apply(lambda s, x: s.head(s.middle(s.first(x))), first=convolution(), middle=middle, head=head()), IMAGES
@@ -63,10 +74,19 @@ WAYS: dict[str, Callable[[nn.Module], Chain]] = {
         (unsteady_norm, r"(1|middle) the \w+ gives an image other values beside .* track_running_stats=True"),
         (lambda: Apply(lambda _, x: x - x.mean(0, keepdim=True)), "beside other images of its batch"),
         (lambda: Apply(lambda _, x: x + x[-1:]), "beside other images of its batch"),
+        (lambda: Apply(lambda _, x: torch.cat([x[:1], x[1:] + x[:-1]])), "beside other images of its batch"),
+        (lambda: Apply(lambda _, x: x + x.cumsum(0)), "beside other images of its batch"),
+        (lambda: Apply(lambda s, x: x + s.place.weight[: len(x), :, None, None], place=nn.Embedding(64, 8)), "beside"),
+        (lambda: Apply(lambda _, x: x / x.shape[0]), "beside other images of its batch"),
+        (lambda: Apply(lambda _, x: torchvision.ops.stochastic_depth(x, 0.01, "row", True)), "draws random numbers"),
+        (lambda: Stubborn(8), "beside other images of its batch"),
         (lambda: Apply(lambda _, x: F.dropout(x, 0.5)), "gives other outputs for the same images"),
         (lambda: Apply(lambda _, x: x + torch.rand(8, 1, 1)), "gives other outputs for the same images"),
     ],
-    ids=["batch norm", "mean of the batch", "last of the batch", "dropout", "noise"],
+    ids=[
+        *("batch norm", "mean of the batch", "last of the batch", "image before", "all before", "place in the batch"),
+        *("size of the batch", "rarely random", "in training for ever", "dropout", "noise"),
+    ],
 )
 def test_answers_that_depend_on_chance_or_on_the_batch_are_refused(
     way: str, middle: Callable[[], nn.Module], message: str
@@ -118,6 +138,41 @@ def test_logits_are_what_a_network_gives_a_softmax_or_sigmoid(end: nn.Module, ca
         Chain.from_module(Apply(lambda s, x: s.last(s.first(x)).softmax(1) * 1, first=first, last=last), IMAGES)
     # those of a softmax's logarithm are logits too
     Chain.from_module(nn.Sequential(first, last, nn.LogSoftmax(1)), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (lambda x: 100 * x.softmax(1), "sum to 100 for every image"),
+        (lambda x: -x.log_softmax(1), "ends in -log_softmax"),
+        (lambda x: x.softmax(1).log10(), "log10 of a softmax"),
+    ],
+    ids=["percent", "negative", "decimal"],
+)
+def test_forms_of_probabilities_are_no_logits(end: Callable[[Tensor], Tensor], message: str) -> None:
+    last = nn.Sequential(head(), Apply(lambda _, x: end(x)))
+    with pytest.raises(NetworkError, match=message):
+        Chain.from_module(Apply(lambda s, x: s.last(s.first(x)), first=convolution(), last=last), IMAGES)
+    with pytest.raises(NetworkError, match=message):
+        Chain.from_segments([convolution()], ["first"], last, IMAGES)
+    Chain.from_segments([convolution()], ["first"], nn.Sequential(head(), nn.LogSoftmax(1)), IMAGES)
+
+
+def test_modes_that_forward_changes_are_seen() -> None:
+    """The modules of a chain are those of its network."""
+
+    class Switches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.head = convolution(), nn.BatchNorm2d(8), head()
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm.train()
+            y: Tensor = self.head(self.norm(self.first(x)))
+            return y
+
+    with pytest.raises(NetworkError):
+        Chain.from_module(Switches(), IMAGES)
 
 
 def test_a_softmax_at_the_end_does_not_change_what_is_trained(fashion: Dataset) -> None:
@@ -330,3 +385,16 @@ def test_what_is_right_is_cut_without_a_word(caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.WARNING):
         Chain.from_module(nn.Sequential(convolution(), nn.BatchNorm2d(8), nn.Dropout(0.5), nn.ReLU(), head()), IMAGES)
     assert not caplog.records
+
+
+def test_weights_that_are_computed_in_every_pass_are_frozen_too() -> None:
+    """A pass leaves them behind with their history, which no copy can have."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        normed = nn.utils.weight_norm(convolution())
+        spectral = nn.utils.spectral_norm(nn.Conv2d(8, 8, 3, padding=1))
+    chain = Chain.from_module(nn.Sequential(normed, spectral, head()), IMAGES)
+    frozen = FrozenNetwork(chain, dtype=torch.float32, device=torch.device("cpu"))
+    expected = chain.representations(IMAGES)
+    for given, wanted in zip(frozen.representations(IMAGES), expected, strict=True):
+        torch.testing.assert_close(given, wanted)

@@ -159,7 +159,12 @@ def _line(error: Exception) -> str:
 
 def first_line(error: BaseException) -> str:
     """The message of an error that other code raised, in one line."""
-    return plain((str(error).strip() or "no reason given").splitlines()[0])
+    try:
+        text = str(error).strip()
+    # it may be of a class of the user
+    except Exception:
+        text = ""
+    return plain((text or "no reason given").splitlines()[0])
 
 
 def operation(node: fx.Node) -> str:

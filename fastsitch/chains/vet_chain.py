@@ -1,6 +1,7 @@
 """Cheap checks of a chain on a few images, before anything is made of it."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FEW, _MANY = 4, 20
+"""Images: code may go another way for many."""
+
+_SMALL = 3 * 64 * 64
+"""Values of an image, of which many are run in no time."""
+
 OTHER_OUTPUTS = (
     "gives other outputs for the same images; expected no randomness in eval mode, such as F.dropout without "
     "training=self.training, and nothing that one pass changes for the next"
@@ -26,16 +33,30 @@ OTHER_OUTPUTS = (
 def vet_chain(chain: "Chain", what: str) -> None:
     """Check that a chain gives one answer for an image, whatever else is in its batch, and that it ends in logits.
 
-    Runs the chain twice, in eval mode, on two images. Raises NetworkError, in which the network is called ``what``.
+    Runs the chain in eval mode on four images, then on three of them in another order; small ones also in a batch of
+    twenty. Raises NetworkError, in which the network is called ``what``.
     """
     names = [*(f"at position {position.name}" for position in chain.positions), "in its logits"]
     with torch.no_grad(), _eval_mode(chain):
-        a, b, c = _different_images(chain)
-        first, other = (_outputs(chain, torch.cat([a, second])) for second in (b, c))
-        for index, (name, one, two) in enumerate(zip(names, first, other, strict=True)):
-            if not same_values(one[:1], two[:1]):
-                again = _outputs(chain, torch.cat([a, b]))[index]
-                if not same_values(one, again):
+        images = _different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
+        before = torch.random.get_rng_state()
+        first = _outputs(chain, images[:_FEW])
+        if not torch.equal(before, torch.random.get_rng_state()):
+            torch.random.set_rng_state(before)
+            raise NetworkError(f"{what} draws random numbers: it {OTHER_OUTPUTS}")
+        # other neighbours, other places, another number of images
+        batches = [[3, 0, 1]] + ([list(reversed(range(_MANY)))] if len(images) == _MANY else [])
+        for batch in batches:
+            other = _outputs(chain, images[batch])
+            places = [(k, batch.index(k)) for k in range(_FEW) if k in batch]
+            for index, (name, one, two) in enumerate(zip(names, first, other, strict=True)):
+                if len(one) != _FEW or len(two) != len(batch):
+                    raise NetworkError(
+                        f"{name} {what} gives tensors of {len(one)} for {_FEW} images: expected one row per image"
+                    )
+                if all(same_values(one[k], two[place]) for k, place in places):
+                    continue
+                if not same_values(one, _outputs(chain, images[:_FEW])[index]):
                     raise NetworkError(f"{name} {what} {OTHER_OUTPUTS}")
                 raise NetworkError(
                     f"{name} {what} gives an image other values beside other images of its batch; expected every image "
@@ -72,21 +93,29 @@ def require_same_values(
     hooks = [modules[name].register_forward_hook(hook(name)) for name in names if name in modules]
     try:
         with torch.no_grad(), _no_zero_weights(model):
+            rest = [head] if after is None else [head, after]
+            # before the model, whose code may change the modes of modules that both have
+            given, outputs = x.clone(), []
+            for segment in segments:
+                given = segment(given)
+                outputs.append(given.clone())
+            end = _in_turn(rest, given)
+            found.clear()
             expected = model(x.clone())
             for handle in hooks:
                 handle.remove()
-            given, wrong = x.clone(), ""
-            for segment, name in zip(segments, names, strict=True):
-                given = segment(given)
-                if name in found and not _same_up_to_axes(given, found[name]):
-                    wrong = f"the output of {name}"
-                    break
-            else:
-                rest = [head] if after is None else [head, after]
-                if not same_values(_in_turn(rest, given), expected):
-                    wrong = "its output"
-                elif not _same_for_one_image(model, [*segments, *rest], x[:1]):
-                    wrong = "its output for one image alone"
+            wrong = next(
+                (
+                    f"the output of {name}"
+                    for name, output in zip(names, outputs, strict=True)
+                    if name in found and not _same_up_to_axes(output, found[name])
+                ),
+                "",
+            )
+            if not wrong and not same_values(end, expected):
+                wrong = "its output"
+            elif not wrong and not _same_for_one_image(model, [*segments, *rest], x[:1]):
+                wrong = "its output for one image alone"
             if wrong and not same_values(expected, model(x.clone())):
                 raise NetworkError(f"the {type(model).__name__} {OTHER_OUTPUTS}")
             if wrong:
@@ -184,7 +213,7 @@ def gradient_faults(chain: "Chain", positions: Sequence[int]) -> tuple[list[str]
     without, zero = [], []
     with _eval_mode(chain):
         with torch.no_grad():
-            representations = chain.representations(torch.cat(_different_images(chain)[:2]))
+            representations = chain.representations(_different_images(chain, 2))
         for j in positions:
             gradient = _gradient(chain, representations[j], j)
             if gradient is None:
@@ -213,6 +242,17 @@ def _gradient(chain: "Chain", representation: Tensor, j: int) -> Tensor | None:
 def _require_logits(outputs: Tensor, what: str) -> None:
     if outputs.dim() != 2 or outputs.shape[1] < 2 or not outputs.isfinite().all():
         return
+    for form, values in (("-log_softmax", (-outputs).exp()), ("log10 of a softmax", 10**outputs)):
+        # a log_softmax itself has the cross-entropy of its logits
+        if outputs.shape[1] > 2 and _sums_to_one(values):
+            raise NetworkError(f"{what} ends in {form}: expected logits; leave out what is behind them")
+    sums = outputs.sum(1)
+    varied = (outputs >= 0).all() and not same_values(outputs[:1], outputs[1:2])
+    if varied and not _sums_to_one(outputs) and same_values(sums, sums[:1].expand_as(sums)):
+        raise NetworkError(
+            f"{what} ends in outputs that sum to {sums[0]:.4g} for every image, as a scaled softmax: expected logits; "
+            "leave out what is behind them"
+        )
     if outputs.min() < 0 or outputs.max() > 1 or (outputs == outputs[:1, :1]).all():
         return
     if same_values(outputs.sum(1), torch.ones_like(outputs[:, 0])):
@@ -222,23 +262,28 @@ def _require_logits(outputs: Tensor, what: str) -> None:
     log.warning("%s: all outputs lie between 0 and 1, as behind a sigmoid; they are taken for logits", what)
 
 
+def _sums_to_one(outputs: Tensor) -> bool:
+    sums = outputs.sum(1)
+    return same_values(sums, torch.ones_like(sums))
+
+
 def _outputs(chain: "Chain", x: Tensor) -> list[Tensor]:
     representations = [representation.clone() for representation in chain.representations(x)]
     return [*representations, chain.tail(representations[-1].clone(), len(representations) - 1)]
 
 
-def _different_images(chain: "Chain") -> list[Tensor]:
-    """Three images (1, C, H, W), always the same, on the chain's device and in its dtype."""
+def _different_images(chain: "Chain", count: int) -> Tensor:
+    """So many images (count, C, H, W), always the same, on the chain's device and in its dtype."""
     like = next((parameter for parameter in chain.parameters() if parameter.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
-    return [torch.randn((1, *chain.input_shape), generator=generator).to(like) for _ in range(3)]
+    return torch.cat([torch.randn((1, *chain.input_shape), generator=generator) for _ in range(count)]).to(like)
 
 
 @contextmanager
 def _eval_mode(chain: nn.Module) -> Iterator[None]:
+    """As all who run it have it: a module may not follow."""
     modes = [(module, module.training) for module in chain.modules()]
-    for module, _ in modes:
-        module.training = False
+    chain.eval()
     try:
         yield
     finally:

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import json
+import random
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -73,8 +75,13 @@ class ModelSource:
         kind, _, name = self.text.partition(":")
         generator = torch.default_generator
         state, dtype = generator.get_state(), torch.get_default_dtype()
+        seed = int(stable_hash(key)[:15], 16)
+        others = np.random.get_state(), random.getstate()
         try:
-            generator.manual_seed(int(stable_hash(key)[:15], 16))
+            generator.manual_seed(seed)
+            # what a library or a user draws weights from, if not from torch
+            np.random.seed(seed % 2**32)
+            random.seed(seed)
             with foreign_code(self.text):
                 library = _LIBRARIES.get(kind)
                 module = (
@@ -84,13 +91,18 @@ class ModelSource:
                 )
         finally:
             generator.set_state(state)
+            np.random.set_state(others[0])
+            random.setstate(others[1])
             torch.set_default_dtype(dtype)
         # not isinstance, which believes what an object says of its class
         if not issubclass(type(module), nn.Module):
             raise NetworkError(f"{self.text} returns a {type(module).__name__}: expected an nn.Module")
-        module = unwrapped(module).float().cpu()
-        # the module may override train() and return nothing
-        module.eval()
+        module = unwrapped(module)
+        with foreign_code(self.text):
+            # the module may override these and return nothing
+            module.float()
+            module.cpu()
+            module.eval()
         return module
 
     def with_neighbours(self) -> "ModelSource":

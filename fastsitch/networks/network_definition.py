@@ -281,6 +281,9 @@ def _differ_with_the_seed(name: str, module: nn.Module, other: nn.Module) -> boo
     Weights that are all the same, such as those of a normalisation, do not count: they are so in every new network.
     """
     same, different, names = 0, 0, []
+    shapes = [[tuple(parameter.shape) for parameter in each.parameters()] for each in (module, other)]
+    if shapes[0] != shapes[1]:
+        raise NetworkError(f"{name} has other weights whenever it is built: expected always the same modules")
     with torch.no_grad():
         for (path, one), two in zip(module.named_parameters(), other.parameters(), strict=True):
             if one.numel() < 2 or (one == one.flatten()[0]).all():

@@ -1,12 +1,12 @@
 """Frozen segments and heads: those of the small ResNets without autograd, all others with it."""
 
-import copy
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsitch.chains.module_between_cuts import copy_modules
 from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
 from fastsitch.receivers.contract import FrozenHead, FrozenSegment, Saved
 from fastsitch.receivers.convolution import accumulation_dtype, convolve, folded, input_gradient
@@ -108,7 +108,8 @@ class _AutogradHead:
 
 def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A copy of a module in eval mode, all of it in ``dtype``, that needs no gradients."""
-    frozen = copy.deepcopy(module).to(device, dtype)
+    (frozen,) = copy_modules([module])
+    frozen = frozen.to(device, dtype)
     frozen.eval()
     return frozen.requires_grad_(False)
 

@@ -15,7 +15,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
-from fastsitch.checked_files import DamagedFile
+from fastsitch.checked_files import DamagedFile, require_arrays
 from fastsitch.files import write_atomically, write_npz
 
 _HASH, _BYTES = "stitches_hash", "stitches_bytes"
@@ -35,6 +35,11 @@ def require_stitches(path: Path, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     Raises DamagedFile when they are missing or not those that were written with it.
     """
     file = tensors_file(path)
+    kinds = {_BYTES: ("i", ()), _HASH: ("U", ())}
+    try:
+        require_arrays(arrays, {name: kind for name, kind in kinds.items() if name in arrays})
+    except DamagedFile as error:
+        raise DamagedFile(f"{path} is damaged: {error}") from None
     try:
         content = file.read_bytes()
     except FileNotFoundError:
