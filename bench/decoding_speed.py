@@ -1,7 +1,7 @@
 """Images in files: how fast they are decoded beside the bare decoder, and how much memory it takes.
 
-    python bench/image_files.py --make photos [--images 20000]
-    python bench/image_files.py photos [--counts 2000,20000] [--repeats 3] [--json FILE]
+    python bench/decoding_speed.py --make photos [--images 20000]
+    python bench/decoding_speed.py photos [--counts 2000,20000] [--repeats 3] [--json FILE]
 
 ``--make`` writes JPEGs of 224 to 500 pixels, upscaled from the embedded images with noise, in 20 class folders.
 Measuring reads every training image once, resized and cropped to 224 pixels, in batches of 256: through fastsitch, and
