@@ -61,6 +61,9 @@ def follow_axes(
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         before = None if parent is None else known[parent]
         guess = _module_axes(module, shapes.get(node), image_size)
+        if module is not None and any(one in lost for one in node.all_input_nodes) and _keeps_axes(module):
+            # such as windows of a map, in which these work on the last axis
+            guess = None if guess == Axes("CHW") else guess
         axes = Axes.of(given[node]) if node in given else _axes(node, module, parent, before, guess, shapes, batches)
         earlier = [lost.get(one, one) for one in node.all_input_nodes if one in lost or one in known]
         if axes is None and parent not in known:
@@ -122,6 +125,11 @@ def _module_axes(module: nn.Module | None, shape: tuple[int, ...] | None, image_
         layout = token_layout(shape[0], (height, width))
         return None if layout is None else Axes("NC", layout.prefix_tokens, layout.grid, guessed=True)
     return Axes("CHW") if len(shape) == 3 else None
+
+
+def _keeps_axes(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own whose output is laid out as its input."""
+    return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Unflatten | nn.Fold)
 
 
 def _permutation(node: fx.Node, dimensions: int) -> list[int] | None:
