@@ -4,16 +4,18 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastsitch.chains.cut_points import PROBABILITIES
+from fastsitch.chains.kept_state import require_no_first_pass, require_weights, state_kept
 from fastsitch.chains.layout import Layout, token_layout
-from fastsitch.chains.module_between_cuts import copy_modules, cut_module, protect_inputs
+from fastsitch.chains.module_between_cuts import cut_module, protect_inputs
+from fastsitch.chains.module_copies import copy_modules
 from fastsitch.chains.position import Position
 from fastsitch.chains.trace import first_line
 from fastsitch.chains.vet_chain import require_same_values, vet_chain
 from fastsitch.chains.wrappers import unwrapped
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, plain
 from fastsitch.vocabulary import separated
 
 
@@ -134,16 +136,31 @@ class Chain(nn.Module):
             NetworkError: the network cannot be traced or cut, or has no such position; see :meth:`from_segments` then.
         """
         model = unwrapped(model)
-        example_input = _as_weights(example_input, [model])
+        what = f"the {plain(type(model).__name__)}"
+        if not isinstance(model, Chain):
+            require_weights([model], what)
+            require_no_first_pass([model], _as_weights(example_input, [model]), what)
+        chain = cls.cut(model, example_input, positions, layouts, output)
+        vet_chain(chain, what)
+        return chain if chain is model else chain.eval()
+
+    @classmethod
+    def cut(
+        cls,
+        model: nn.Module,
+        example_input: Tensor,
+        positions: Sequence[str] | str | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+        output: str | int | None = None,
+    ) -> "Chain":
+        """As :meth:`from_module`, without the checks that run a network several times."""
         if isinstance(model, Chain):
-            vet_chain(model, f"the {type(model).__name__}")
             return model
+        example_input = _as_weights(example_input, [model])
         if isinstance(positions, str):
             positions = separated(positions)
         chain = None if output is not None else _of_children(cls, model, example_input, positions, layouts)
-        chain = chain or _traced(cls, model, example_input, positions, layouts, output)
-        vet_chain(chain, f"the {type(model).__name__}")
-        return chain.eval()
+        return (chain or _traced(cls, model, example_input, positions, layouts, output)).eval()
 
     @classmethod
     def from_segments(
@@ -176,7 +193,9 @@ class Chain(nn.Module):
                 f"{len(segments)} segments and the names {list(names)}: expected at least one segment, and as many "
                 "different names"
             )
+        require_weights([*segments, head], "the chain")
         example_input = _as_weights(example_input, [*segments, head])
+        require_no_first_pass([*segments, head], example_input, "the chain")
         copied = copy_modules([*segments, head])
         modes = [(child, child.training) for module in copied for child in module.modules()]
         for module in copied:
@@ -309,7 +328,9 @@ def _positions(
     modes = [module.training for module in segments.modules()]
     positions = []
     segments.eval()
-    with torch.no_grad():
+    # of a network that was traced it is known
+    made_by_hand = [segment for segment in segments if not isinstance(segment, fx.GraphModule)]
+    with torch.no_grad(), state_kept(made_by_hand, "the chain"):
         for index, (segment, name) in enumerate(zip(segments, names, strict=True)):
             x = segment(x)
             if not x.is_floating_point():

@@ -1,8 +1,7 @@
 """Cutting a network: what lies between two cuts becomes a module."""
 
-import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,10 +15,10 @@ from fastsitch.chains.cut_points import CutGraph
 from fastsitch.chains.export_trace import export_module
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.logits import logits_key, returning_logits
+from fastsitch.chains.module_copies import copy_modules
 from fastsitch.chains.node_values import TensorSpec, run_model
 from fastsitch.chains.trace import FROM_SEGMENTS, SIZES, CannotCut, Trace, trace_module
 from fastsitch.chains.vet_chain import require_same_values
-from fastsitch.chains.wrappers import unwrap_inside
 from fastsitch.errors import NetworkError
 
 
@@ -104,34 +103,6 @@ def _cut(
     require_same_values(model, segments, head, names, graph.example, after)
     kinds = {point.name: point.layout for point in points}
     return CutNetwork(segments, head, names, kinds, graph)
-
-
-def copy_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Copies that share with each other what the modules share, with in-place activations turned off.
-
-    Tensors that a pass computed and a module kept are copied without their history, which cannot be.
-    """
-    computed: dict[int, Any] = {}
-    for module in (child for each in modules for child in each.modules()):
-        for tensor in _tensors_in(list(module.__dict__.values()), set()):
-            if not tensor.is_leaf:
-                computed[id(tensor)] = tensor.detach().clone()
-    copied = copy.deepcopy(list(modules), computed)
-    for module in (child for each in copied for child in each.modules()):
-        if hasattr(module, "inplace"):
-            module.__dict__["inplace"] = False
-        unwrap_inside(module)
-    return copied
-
-
-def _tensors_in(values: Sequence[Any], seen: set[int]) -> Iterator[Tensor]:
-    """Tensors among some values, and inside lists, tuples and dictionaries of them, which may contain themselves."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple | set | dict) and id(value) not in seen:
-            seen.add(id(value))
-            yield from _tensors_in(list(value.values() if isinstance(value, dict) else value), seen)
 
 
 def protect_inputs(segments: Sequence[nn.Module], x: Tensor) -> list[nn.Module]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fastsitch.chains.end_of_network import check_logits
+from fastsitch.chains.same_values import same_values
 from fastsitch.chains.trace import CannotCut
 from fastsitch.errors import NetworkError
 
@@ -41,7 +43,7 @@ def vet_chain(chain: "Chain", what: str) -> None:
     """
     names = [*(f"at position {position.name}" for position in chain.positions), "in its logits"]
     with torch.no_grad(), _eval_mode(chain):
-        images = _different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
+        images = different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
         before = torch.random.get_rng_state()
         first = _outputs(chain, images[:_FEW])
         _require_no_chance(before, what)
@@ -62,7 +64,7 @@ def vet_chain(chain: "Chain", what: str) -> None:
                     f"{name} {what} gives an image other values beside other images of its batch; expected every image "
                     "by itself in eval mode, such as BatchNorm with track_running_stats=True"
                 )
-    _require_logits(first[-1], what)
+    check_logits(chain, first[-1], what)
 
 
 def _require_no_chance(before: Tensor, what: str) -> None:
@@ -97,6 +99,39 @@ def require_same_values(
     other ones meanwhile: zero times a wrong value would be right. ``after`` is what the model does to the logits.
     """
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    with torch.no_grad(), _no_zero_weights(model):
+        rest = [head] if after is None else [head, after]
+        # before the model, whose code may change the modes of modules that both have
+        given, outputs = x.clone(), []
+        for segment in segments:
+            given = segment(given)
+            outputs.append(given.clone())
+        end = _in_turn(rest, given)
+        before = torch.random.get_rng_state()
+        with recording(model, names) as found:
+            expected = model(x.clone())
+        _require_no_chance(before, f"the {type(model).__name__}")
+        wrong = next(
+            (
+                f"the output of {name}"
+                for name, output in zip(names, outputs, strict=True)
+                if name in found and not _same_up_to_axes(output, found[name])
+            ),
+            "",
+        )
+        if not wrong and not same_values(end, expected):
+            wrong = "its output"
+        elif not wrong and not _same_for_one_image(model, [*segments, *rest], x[:1]):
+            wrong = "its output for one image alone"
+        if wrong and not same_values(expected, model(x.clone())):
+            raise NetworkError(f"the {type(model).__name__} {OTHER_OUTPUTS}")
+        if wrong:
+            raise CannotCut(f"cannot cut a {type(model).__name__}: its segments do not reproduce {wrong}")
+
+
+@contextmanager
+def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The first output, of several the first tensor, of each of these modules that runs inside the block."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -110,36 +145,7 @@ def require_same_values(
     modules = dict(model.named_modules())
     hooks = [modules[name].register_forward_hook(hook(name)) for name in names if name in modules]
     try:
-        with torch.no_grad(), _no_zero_weights(model):
-            rest = [head] if after is None else [head, after]
-            # before the model, whose code may change the modes of modules that both have
-            given, outputs = x.clone(), []
-            for segment in segments:
-                given = segment(given)
-                outputs.append(given.clone())
-            end = _in_turn(rest, given)
-            found.clear()
-            before = torch.random.get_rng_state()
-            expected = model(x.clone())
-            for handle in hooks:
-                handle.remove()
-            _require_no_chance(before, f"the {type(model).__name__}")
-            wrong = next(
-                (
-                    f"the output of {name}"
-                    for name, output in zip(names, outputs, strict=True)
-                    if name in found and not _same_up_to_axes(output, found[name])
-                ),
-                "",
-            )
-            if not wrong and not same_values(end, expected):
-                wrong = "its output"
-            elif not wrong and not _same_for_one_image(model, [*segments, *rest], x[:1]):
-                wrong = "its output for one image alone"
-            if wrong and not same_values(expected, model(x.clone())):
-                raise NetworkError(f"the {type(model).__name__} {OTHER_OUTPUTS}")
-            if wrong:
-                raise CannotCut(f"cannot cut a {type(model).__name__}: its segments do not reproduce {wrong}")
+        yield found
     finally:
         for handle in hooks:
             handle.remove()
@@ -198,16 +204,6 @@ def _drop_caches(model: nn.Module) -> None:
                 each.training = before
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding; NaN equals NaN."""
-    if one.shape != other.shape:
-        return False
-    one, other = one.double(), other.double()
-    largest = one.nan_to_num(0, 0, 0).abs().max().item() if one.numel() else 0.0
-    # of values that are all tiny the differences are too
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-5 * min(1.0, largest), equal_nan=True)
-
-
 def require_gradients(chain: "Chain", positions: Sequence[int], what: str) -> None:
     """Raise NetworkError unless the logits have a gradient at each of these positions; warn where it is zero.
 
@@ -228,63 +224,38 @@ def require_gradients(chain: "Chain", positions: Sequence[int], what: str) -> No
 def gradient_faults(chain: "Chain", positions: Sequence[int]) -> tuple[list[str], list[str]]:
     """The names of positions at which the logits have no gradient, and of those at which it is zero.
 
-    One backward pass for each, on two images.
+    One backward pass on two images, from position to position: all that is before a position goes through it.
     """
-    without, zero = [], []
     with _eval_mode(chain):
         with torch.no_grad():
-            representations = chain.representations(_different_images(chain, 2))
-        for j in positions:
-            gradient = _gradient(chain, representations[j], j)
-            if gradient is None:
-                without.append(chain.positions[j].name)
-            elif not gradient.any():
-                zero.append(chain.positions[j].name)
-    return without, zero
+            inputs = chain.representations(different_images(chain, 2))
+        gradients: dict[int, Tensor | None] = {}
+        gradient: Tensor | None = None
+        for j in reversed(range(len(inputs))):
+            last = j == len(inputs) - 1
+            if last or gradient is not None:
+                gradient = _gradient(chain.head if last else chain.segments[j + 1], inputs[j], gradient)
+            gradients[j] = gradient
+    names = [position.name for position in chain.positions]
+    without = [names[j] for j in positions if gradients[j] is None]
+    return without, [names[j] for j in positions if (found := gradients[j]) is not None and not found.any()]
 
 
-def _gradient(chain: "Chain", representation: Tensor, j: int) -> Tensor | None:
-    """Of the logits for position ``j``; None where there is none."""
+def _gradient(module: nn.Module, x: Tensor, of_output: Tensor | None) -> Tensor | None:
+    """At a module's input, given that at its output, or of logits where none is given; None where there is none."""
     with torch.enable_grad():
-        leaf = representation.detach().clone().requires_grad_()
+        leaf = x.detach().clone().requires_grad_()
         try:
-            logits = chain.tail(leaf, j)
-            if not logits.requires_grad:
+            output = module(leaf)
+            if not output.requires_grad:
                 return None
-            # weighted, since the sum of the logits may be constant
-            weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device)
-            (gradient,) = torch.autograd.grad((logits * weights.view_as(logits)).sum(), leaf, allow_unused=True)
+            if of_output is None:
+                # weighted, since the sum of the logits may be constant
+                of_output = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
+            (gradient,) = torch.autograd.grad(output, leaf, of_output.view_as(output), allow_unused=True)
         except RuntimeError:
             return None
     return gradient
-
-
-def _require_logits(outputs: Tensor, what: str) -> None:
-    if outputs.dim() != 2 or outputs.shape[1] < 2 or not outputs.isfinite().all():
-        return
-    for form, values in (("-log_softmax", (-outputs).exp()), ("log10 of a softmax", 10**outputs)):
-        # a log_softmax itself has the cross-entropy of its logits
-        if outputs.shape[1] > 2 and _sums_to_one(values):
-            raise NetworkError(f"{what} ends in {form}: expected logits; leave out what is behind them")
-    sums = outputs.sum(1)
-    varied = (outputs >= 0).all() and not same_values(outputs[:1], outputs[1:2])
-    if varied and not _sums_to_one(outputs) and same_values(sums, sums[:1].expand_as(sums)):
-        raise NetworkError(
-            f"{what} ends in outputs that sum to {sums[0]:.4g} for every image, as a scaled softmax: expected logits; "
-            "leave out what is behind them"
-        )
-    if outputs.min() < 0 or outputs.max() > 1 or (outputs == outputs[:1, :1]).all():
-        return
-    if same_values(outputs.sum(1), torch.ones_like(outputs[:, 0])):
-        raise NetworkError(
-            f"{what} ends in probabilities, which sum to 1: expected logits; leave out the softmax at its end"
-        )
-    log.warning("%s: all outputs lie between 0 and 1, as behind a sigmoid; they are taken for logits", what)
-
-
-def _sums_to_one(outputs: Tensor) -> bool:
-    sums = outputs.sum(1)
-    return same_values(sums, torch.ones_like(sums))
 
 
 def _outputs(chain: "Chain", x: Tensor) -> list[Tensor]:
@@ -292,7 +263,7 @@ def _outputs(chain: "Chain", x: Tensor) -> list[Tensor]:
     return [*representations, chain.tail(representations[-1].clone(), len(representations) - 1)]
 
 
-def _different_images(chain: "Chain", count: int) -> Tensor:
+def different_images(chain: "Chain", count: int) -> Tensor:
     """So many images (count, C, H, W), always the same, on the chain's device and in its dtype."""
     like = next((parameter for parameter in chain.parameters() if parameter.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)

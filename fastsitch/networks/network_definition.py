@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from fastsitch.chains.chain import Chain
 from fastsitch.chains.chain_flops import chain_flops
+from fastsitch.chains.kept_state import require_weights
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.logits import logits_key, returning_logits
+from fastsitch.chains.module_copies import copy_modules
 from fastsitch.chains.node_values import run_model
 from fastsitch.chains.position import Position
 from fastsitch.chains.vet_chain import gradient_faults
@@ -26,6 +27,7 @@ from fastsitch.files import write_json
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.find_network import definitions_folder
 from fastsitch.networks.model_source import ModelSource, foreign_code
+from fastsitch.networks.weight_origin import draws_weights
 from fastsitch.root import Root
 from fastsitch.typed_fields import typed
 
@@ -153,8 +155,10 @@ def define(
     Raises NetworkError when it cannot be built, run or cut, or does not have one output per class.
     """
     module = source.build(classes, input_shape)
-    with foreign_code(source.text), torch.no_grad():
-        grey = grey and _takes_grey_alone(module, input_shape)
+    with foreign_code(source.text), _naming(source.text), torch.no_grad():
+        require_weights([module], "it")
+        # a first pass may set what stays
+        grey = grey and _takes_grey_alone(copy_modules([module])[0], input_shape)
     if grey:
         log.info("%s takes images of one channel: it sees images in grey", source.text)
         input_shape = (1, *input_shape[1:])
@@ -163,11 +167,9 @@ def define(
         raise ConfigError(
             f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
         )
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
         what = f"cannot cut a {type(module).__name__}"
-        key = logits_key(run_model(module, torch.zeros(2, *input_shape)), what, output)
+        key = logits_key(run_model(copy_modules([module])[0], torch.zeros(2, *input_shape)), what, output)
         chain = _chain(returning_logits(module, key), input_shape, positions, layouts)
         logits = chain(torch.zeros(2, *input_shape))
     if logits.shape != (2, classes):
@@ -177,6 +179,12 @@ def define(
     wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
     if wrong:
         raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong[0]}): expected finite ones")
+    other = returning_logits(source.build(classes, input_shape, 1), key)
+    kinds = {position.name: position.kind for position in chain.positions}
+    with foreign_code(source.text), _naming(source.text):
+        drawn = draws_weights(
+            source.text, module, other, chain, lambda: _chain(other, input_shape, list(kinds), kinds, vet=False)
+        )
     definition = Definition(
         source=source.with_neighbours(),
         classes=classes,
@@ -186,7 +194,7 @@ def define(
         class_outputs=class_outputs,
         positions=tuple(chain.positions),
         flops=chain_flops(chain),
-        draws_weights=_differ_with_the_seed(source.text, module, source.build(classes, input_shape, 1)),
+        draws_weights=drawn,
         output=key,
     )
     without, zero = gradient_faults(chain, range(len(chain.positions)))
@@ -200,8 +208,6 @@ def define(
 
 def _takes_grey_alone(module: nn.Module, input_shape: tuple[int, int, int]) -> bool:
     """Whether a module runs on images of one channel, and not on those of this shape."""
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        return False
     try:
         run_model(module, torch.zeros(2, *input_shape))
     except NetworkError:
@@ -275,41 +281,17 @@ def require_defined(root: Root, dataset: str, names: Iterable[NetworkName]) -> N
             require_definition(definitions_folder(root, dataset, name.architecture), name.architecture)
 
 
-def _differ_with_the_seed(name: str, module: nn.Module, other: nn.Module) -> bool:
-    """Whether most weights of two modules that the same code made with two seeds differ.
-
-    Weights that are all the same, such as those of a normalisation, do not count: they are so in every new network.
-    """
-    same, different, names = 0, 0, []
-    shapes = [[tuple(parameter.shape) for parameter in each.parameters()] for each in (module, other)]
-    if shapes[0] != shapes[1]:
-        raise NetworkError(f"{name} has other weights whenever it is built: expected always the same modules")
-    with torch.no_grad():
-        for (path, one), two in zip(module.named_parameters(), other.parameters(), strict=True):
-            if one.numel() < 2 or (one == one.flatten()[0]).all():
-                continue
-            if torch.equal(one, two):
-                same += one.numel()
-                names.append(path)
-            else:
-                different += one.numel()
-    if same > different:
-        log.warning("%s brings its weights along: it counts as trained, and has no untrained control", name)
-        return False
-    if names:
-        log.warning("%s: %s do not depend on the seed, nor will they in an untrained control", name, ", ".join(names))
-    return True
-
-
 def _chain(
     module: nn.Module,
     input_shape: tuple[int, int, int],
     positions: Sequence[str] | str | None,
     layouts: Mapping[str, Layout] | None,
+    *,
+    vet: bool = True,
 ) -> Chain:
     # all values differ, so that nothing cancels where the segments are compared with the whole network
     example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
-    return Chain.from_module(module, example, positions, layouts)
+    return (Chain.from_module if vet else Chain.cut)(module, example, positions, layouts)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.chains.module_between_cuts import copy_modules
+from fastsitch.chains.module_copies import copy_modules
 from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
 from fastsitch.receivers.contract import FrozenHead, FrozenSegment, Saved
 from fastsitch.receivers.convolution import accumulation_dtype, convolve, folded, input_gradient
