@@ -24,9 +24,10 @@ def run_model(model: nn.Module, x: Tensor) -> Any:
         return model(x)
     # a network's own code: it may raise anything
     except Exception as error:
+        late = "; import it where the network is built: forward cannot import files beside it"
         raise NetworkError(
             f"cannot cut a {type(model).__name__}: it does not run on images {tuple(x.shape[1:])} "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)}){late if isinstance(error, ModuleNotFoundError) else ''}"
         ) from error
 
 
