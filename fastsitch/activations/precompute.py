@@ -15,7 +15,7 @@ from fastsitch.activations.store_manifest import StoreIdentity, remedy
 from fastsitch.activations.store_writer import StoreWriter, writing
 from fastsitch.chains.layout import stored_size
 from fastsitch.data import Dataset, ImageFiles, load_dataset
-from fastsitch.errors import StoreError
+from fastsitch.errors import StoreError, argument
 from fastsitch.files import exclusive
 from fastsitch.folders import FolderLike, as_folder
 from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
@@ -24,6 +24,7 @@ from fastsitch.networks.checkpoint import Network, load_network, require_fit
 from fastsitch.networks.find_network import models_folder
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.working_precision import working_network
 from fastsitch.root import Root
 
 
@@ -73,7 +74,7 @@ def ensure_store(
         if folder.exists() and not force:
             return open_fitting(folder, identity, dataset, content_only=content_only), False
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
-        frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=device)
+        frozen = storing_network(network, identity, device, f"use {argument('dtype', 'fp32')}")
         done, total = 0, sum(sizes.values())
         with (
             writing(folder, identity, network.chain.positions, sizes) as writer,
@@ -89,6 +90,11 @@ def ensure_store(
                     report(Progress(done, total, "images", f"precompute {network.record.name}"))
                 background.run(writer.write_samples, name, split.labels, torch.arange(len(split)))
         return ActivationStore.open(folder), True
+
+
+def storing_network(network: Network, identity: StoreIdentity, device: torch.device, remedy: str) -> FrozenNetwork:
+    """The network that a store is computed with; raises NetworkError, with ``remedy``, where it does not work so."""
+    return working_network(network.chain, network.record.name, remedy, dtype=DTYPES[identity.compute], device=device)
 
 
 class StoreMaker:

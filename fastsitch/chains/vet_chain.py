@@ -3,7 +3,8 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,7 +43,7 @@ def vet_chain(chain: "Chain", what: str) -> None:
     twenty. Raises NetworkError, in which the network is called ``what``.
     """
     names = [*(f"at position {position.name}" for position in chain.positions), "in its logits"]
-    with torch.no_grad(), _eval_mode(chain):
+    with torch.no_grad(), eval_mode(chain):
         images = different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
         before = torch.random.get_rng_state()
         first = _outputs(chain, images[:_FEW])
@@ -165,7 +166,9 @@ def _same_for_one_image(model: nn.Module, modules: Sequence[nn.Module], x: Tenso
     except Exception:
         return True
     try:
-        return same_values(_in_turn(modules, x), expected)
+        # a graph that fails prints what it was
+        with redirect_stderr(StringIO()):
+            return same_values(_in_turn(modules, x), expected)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
         return False
 
@@ -226,7 +229,7 @@ def gradient_faults(chain: "Chain", positions: Sequence[int]) -> tuple[list[str]
 
     One backward pass on two images, from position to position: all that is before a position goes through it.
     """
-    with _eval_mode(chain):
+    with eval_mode(chain):
         with torch.no_grad():
             inputs = chain.representations(different_images(chain, 2))
         gradients: dict[int, Tensor | None] = {}
@@ -271,7 +274,7 @@ def different_images(chain: "Chain", count: int) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(chain: nn.Module) -> Iterator[None]:
+def eval_mode(chain: nn.Module) -> Iterator[None]:
     """As all who run it have it: a module may not follow."""
     modes = [(module, module.training) for module in chain.modules()]
     chain.eval()
