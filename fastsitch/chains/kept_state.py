@@ -41,6 +41,37 @@ def _fault(tensor: Any) -> str:
         return "weights on the meta device, without values ({}): expected some on the CPU"
     if tensor.layout != torch.strided or tensor.is_quantized:
         return "sparse or quantised weights ({}): expected dense floating-point ones, as by to_dense() or dequantize()"
+    if any(size > 1 and not stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)):
+        return "weights that share memory among their elements ({}): expected such as expand(...).clone()"
+    return ""
+
+
+def require_saved(module: nn.Module, what: str) -> None:
+    """Raise NetworkError unless the state dict of a network holds tensors alone, and can be loaded again."""
+    try:
+        state = module.state_dict()
+        other = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+        if other is None:
+            module.load_state_dict(state)
+    # a network's own code: it may raise anything
+    except Exception as error:
+        raise NetworkError(
+            f"{what} cannot be saved and loaded ({type(error).__name__}: {first_line(error)}): expected that "
+            "state_dict() gives tensors, and that load_state_dict takes them"
+        ) from error
+    if other is not None:
+        raise NetworkError(
+            f"{what} cannot be saved: {plain(other)} of its state_dict() is a {type(state[other]).__name__}; expected "
+            "tensors alone, without get_extra_state"
+        )
+
+
+def not_finite(module: nn.Module) -> str:
+    """The first of a network's parameters and running statistics that is not finite; empty where there is none."""
+    for name, tensor in _kept([module]):
+        counts = isinstance(tensor, nn.Parameter) or "running_" in name
+        if counts and tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
     return ""
 
 

@@ -143,7 +143,8 @@ def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tens
 
         return remember
 
-    modules = dict(model.named_modules())
+    # those of TorchScript take no hooks
+    modules = {name: each for name, each in model.named_modules() if not isinstance(each, torch.jit.ScriptModule)}
     hooks = [modules[name].register_forward_hook(hook(name)) for name in names if name in modules]
     try:
         yield found

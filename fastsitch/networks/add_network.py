@@ -265,8 +265,8 @@ def _evaluated(
     )
     require_fit(draft, images)
     evaluated = module if definition.class_outputs is None else definition.cut(module)
-    accuracy, loss = evaluate_network(evaluated.to(device), images.test.to(device), draft.transform)
-    module.cpu()
+    accuracy, loss = evaluate_network(nn.Module.to(evaluated, device), images.test.to(device), draft.transform)
+    nn.Module.cpu(module)
     if published is not None and accuracy < _CHANCE / images.classes:
         log.warning(
             "%s is right on %.1f %% of the test images, near chance: are the classes its outputs (--classes-from)?",

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastsitch.chains.chain import Chain
 from fastsitch.chains.chain_flops import chain_flops
-from fastsitch.chains.kept_state import require_weights
+from fastsitch.chains.kept_state import not_finite, require_saved
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.logits import logits_key, returning_logits
 from fastsitch.chains.module_copies import copy_modules
@@ -156,7 +156,6 @@ def define(
     """
     module = source.build(classes, input_shape)
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
-        require_weights([module], "it")
         # a first pass may set what stays
         grey = grey and _takes_grey_alone(copy_modules([module])[0], input_shape)
     if grey:
@@ -176,9 +175,10 @@ def define(
         raise NetworkError(
             f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one per class"
         )
-    wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    wrong = not_finite(module)
     if wrong:
-        raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong[0]}): expected finite ones")
+        raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong}): expected finite ones")
+    require_saved(module, source.text)
     other = returning_logits(source.build(classes, input_shape, 1), key)
     kinds = {position.name: position.kind for position in chain.positions}
     with foreign_code(source.text), _naming(source.text):

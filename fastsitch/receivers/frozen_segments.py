@@ -109,9 +109,10 @@ class _AutogradHead:
 def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A copy of a module in eval mode, all of it in ``dtype``, that needs no gradients."""
     (frozen,) = copy_modules([module])
-    frozen = frozen.to(device, dtype)
+    # a module may override these, and return nothing
+    nn.Module.to(frozen, device, dtype)
     frozen.eval()
-    return frozen.requires_grad_(False)
+    return nn.Module.requires_grad_(frozen, False)
 
 
 def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:
