@@ -11,8 +11,9 @@ from fastsitch.chains.kept_state import require_no_first_pass, require_weights, 
 from fastsitch.chains.layout import Layout, token_layout
 from fastsitch.chains.module_between_cuts import cut_module, protect_inputs
 from fastsitch.chains.module_copies import copy_modules
+from fastsitch.chains.node_values import run_segment
 from fastsitch.chains.position import Position
-from fastsitch.chains.trace import first_line
+from fastsitch.chains.trace import CannotCut
 from fastsitch.chains.vet_chain import require_same_values, vet_chain
 from fastsitch.chains.wrappers import unwrapped
 from fastsitch.errors import NetworkError, plain
@@ -229,10 +230,11 @@ def _of_children(
     (copied,) = copy_modules([model])
     assert isinstance(copied, nn.Sequential)
     copied.eval()
-    chain = _assembled(kind, *_split_children(copied, names), example_input, layouts)
-    with torch.no_grad():
-        if not isinstance(chain(example_input), Tensor):
-            return _traced(kind, model, example_input, names, layouts)
+    try:
+        chain = _assembled(kind, *_split_children(copied, names), example_input, layouts)
+    except CannotCut:
+        # a child gives several tensors to the next, or the last gives more than logits
+        return _traced(kind, model, example_input, positions, layouts)
     require_same_values(copied, list(chain.segments), chain.head, names, example_input)
     return chain
 
@@ -259,13 +261,7 @@ def _assembled(
     layouts: Mapping[str, Layout] | None,
 ) -> Chain:
     """The chain of segments in eval mode."""
-    try:
-        *segments, head = protect_inputs([*segments, head], example_input)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise NetworkError(
-            f"the segments do not fit together ({first_line(error)}): expected each to take the output of the one "
-            "before, a tensor (B, ...)"
-        ) from error
+    *segments, head = protect_inputs([*segments, head], example_input, names)
     channels, height, width = example_input.shape[1:]
     return kind(segments, head, names, (channels, height, width), layouts)
 
@@ -332,7 +328,7 @@ def _positions(
     made_by_hand = [segment for segment in segments if not isinstance(segment, fx.GraphModule)]
     with torch.no_grad(), state_kept(made_by_hand, "the chain"):
         for index, (segment, name) in enumerate(zip(segments, names, strict=True)):
-            x = segment(x)
+            x = run_segment(segment, x, plain(name))
             if not x.is_floating_point():
                 raise NetworkError(
                     f"position {name!r} is a tensor of {str(x.dtype).removeprefix('torch.')}: expected one of real "

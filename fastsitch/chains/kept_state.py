@@ -19,7 +19,7 @@ _RUN_FIRST = "run the network once on a few images beforehand, in its factory or
 def require_weights(modules: Sequence[nn.Module], what: str) -> None:
     """Raise NetworkError unless all parameters and buffers of a network are dense tensors that have values."""
     try:
-        given = {id(parameter) for module in modules for parameter in module.parameters()}
+        given = [parameter for module in modules for parameter in module.parameters()]
     # a network's own code: it may raise anything
     except Exception as error:
         raise NetworkError(f"{what}: parameters() raises {type(error).__name__}: {first_line(error)}") from error
@@ -28,7 +28,13 @@ def require_weights(modules: Sequence[nn.Module], what: str) -> None:
         fault = _fault(tensor)
         if fault:
             raise NetworkError(f"{what} has {fault.format(name)}")
-    if given != {id(tensor) for _, tensor in kept if isinstance(tensor, nn.Parameter)}:
+    # TorchScript makes new objects of the same memory, which may be no parameters
+    places = {(tensor.data_ptr(), tensor.shape) if isinstance(tensor, Tensor) else None for tensor in given}
+    every, needed = (
+        {(tensor.data_ptr(), tensor.shape) for _, tensor in kept if isinstance(tensor, kind)}
+        for kind in (Tensor, nn.Parameter)
+    )
+    if not needed <= places <= every:
         raise NetworkError(f"{what} has parameters that parameters() does not give: expected all, and no others")
 
 
@@ -123,7 +129,7 @@ def _steady(modules: Sequence[nn.Module]) -> Iterator[tuple[str, Tensor]]:
     """What no pass may change. Statistics of a BatchNorm that trains are another fault: it depends on the batch."""
     kept = _kept(modules, without=nn.modules.batchnorm._BatchNorm)
     # a network without values, of which only shapes are wanted
-    return ((name, tensor) for name, tensor in kept if not tensor.is_meta)
+    return ((name, tensor) for name, tensor in kept if not tensor.is_meta and tensor.layout == torch.strided)
 
 
 def _kept(modules: Sequence[nn.Module], without: type[nn.Module] | tuple[()] = ()) -> Iterator[tuple[str, Any]]:

@@ -16,10 +16,10 @@ from fastsitch.chains.export_trace import export_module
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.logits import logits_key, returning_logits
 from fastsitch.chains.module_copies import copy_modules
-from fastsitch.chains.node_values import TensorSpec, run_model
+from fastsitch.chains.node_values import TensorSpec, run_model, run_segment
 from fastsitch.chains.trace import FROM_SEGMENTS, SIZES, CannotCut, Trace, trace_module
 from fastsitch.chains.vet_chain import require_same_values
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, plain
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,17 @@ def _cut(
     return CutNetwork(segments, head, names, kinds, graph)
 
 
-def protect_inputs(segments: Sequence[nn.Module], x: Tensor) -> list[nn.Module]:
-    """The segments of a network that runs on ``x``; those that change their input in place get a copy of it."""
+def protect_inputs(segments: Sequence[nn.Module], x: Tensor, names: Sequence[str] = ()) -> list[nn.Module]:
+    """The segments of a network that runs on ``x``; those that change their input in place get a copy of it.
+
+    By ``names``, those of all but the last, which is the head, errors name them.
+    """
     protected: list[nn.Module] = []
-    for segment in segments:
+    for index, segment in enumerate(segments):
         given = x.clone()
         version = given._version
         with torch.no_grad():
-            x = segment(given)
+            x = run_segment(segment, given, plain(names[index]) if index < len(names) else "the head")
         protected.append(segment if given._version == version else _CopiesInput(segment))
     return protected
 

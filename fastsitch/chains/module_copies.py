@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from fastsitch.chains.same_values import same_bits
@@ -68,19 +69,31 @@ def _culprit(modules: Sequence[nn.Module], computed: dict[int, Any]) -> str:
 def _require_equal(modules: Sequence[nn.Module], copied: Sequence[Any]) -> None:
     """A class may have a __deepcopy__ of its own."""
     for module, other in zip(modules, copied, strict=True):
-        one, two = _weights(module), _weights(other)
-        differing = [name for name in one if name not in two or not same_bits(one[name], two[name])]
-        # a graph has a class of its own
-        of_a_kind = type(module) is type(other) or isinstance(module, fx.GraphModule)
-        if differing or one.keys() != two.keys() or not of_a_kind or module is other:
+        one, two = _kept(module), _kept(other)
+        differing = [name for name in one if name not in two or not _alike(one[name], two[name])]
+        if differing or one.keys() != two.keys():
             raise NetworkError(
                 f"a copy of a {plain(type(module).__name__)} is not equal to it"
-                + (f" ({plain(differing[0])} differs)" if differing else "")
+                + (f" ({plain(differing[0]) or 'the whole'} differs)" if differing else "")
                 + ": expected that copy.deepcopy keeps modules and weights; see its __deepcopy__"
             )
 
 
-def _weights(module: Any) -> dict[str, Tensor]:
+def _kept(module: Any) -> dict[str, nn.Module | Tensor]:
     if not isinstance(module, nn.Module):
         return {}
-    return dict(chain(nn.Module.named_parameters(module), nn.Module.named_buffers(module)))
+    return dict(
+        chain(
+            nn.Module.named_modules(module),
+            nn.Module.named_parameters(module),
+            nn.Module.named_buffers(module),
+        )
+    )
+
+
+def _alike(one: nn.Module | Tensor, other: nn.Module | Tensor) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        return isinstance(one, Tensor) and isinstance(other, Tensor) and same_bits(one, other)
+    # every graph has a class of its own, and what TorchScript traced becomes another
+    of_a_kind = type(one) is type(other) or isinstance(one, fx.GraphModule | torch.jit.ScriptModule)
+    return of_a_kind and one is not other

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.chains.end_of_network import check_logits
+from fastsitch.chains.kept_state import require_weights
 from fastsitch.chains.same_values import same_values
-from fastsitch.chains.trace import CannotCut
+from fastsitch.chains.trace import CannotCut, first_line
 from fastsitch.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -43,15 +44,16 @@ def vet_chain(chain: "Chain", what: str) -> None:
     twenty. Raises NetworkError, in which the network is called ``what``.
     """
     names = [*(f"at position {position.name}" for position in chain.positions), "in its logits"]
-    with torch.no_grad(), eval_mode(chain):
+    require_weights([chain], what)
+    with torch.no_grad(), eval_mode(chain), redirect_stderr(StringIO()):
         images = different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
         before = torch.random.get_rng_state()
-        first = _outputs(chain, images[:_FEW])
+        first = _outputs(chain, images[:_FEW], what)
         _require_no_chance(before, what)
         # other neighbours, other places, another number of images
         batches = [[0, 3, 2, 1], [3, 0, 1]] + ([list(reversed(range(_MANY)))] if len(images) == _MANY else [])
         for batch in batches:
-            other = _outputs(chain, images[batch])
+            other = _outputs(chain, images[batch], what)
             for index, (name, one, two) in enumerate(zip(names, first, other, strict=True)):
                 if len(one) != _FEW or len(two) != len(batch):
                     raise NetworkError(
@@ -59,7 +61,7 @@ def vet_chain(chain: "Chain", what: str) -> None:
                     )
                 if all(_same_image(one, k, two, batch.index(k)) for k in range(_FEW) if k in batch):
                     continue
-                if not same_values(one, _outputs(chain, images[:_FEW])[index]):
+                if not same_values(one, _outputs(chain, images[:_FEW], what)[index]):
                     raise NetworkError(f"{name} {what} {OTHER_OUTPUTS}")
                 raise NetworkError(
                     f"{name} {what} gives an image other values beside other images of its batch; expected every image "
@@ -262,9 +264,15 @@ def _gradient(module: nn.Module, x: Tensor, of_output: Tensor | None) -> Tensor 
     return gradient
 
 
-def _outputs(chain: "Chain", x: Tensor) -> list[Tensor]:
-    representations = [representation.clone() for representation in chain.representations(x)]
-    return [*representations, chain.tail(representations[-1].clone(), len(representations) - 1)]
+def _outputs(chain: "Chain", x: Tensor, what: str) -> list[Tensor]:
+    try:
+        representations = [representation.clone() for representation in chain.representations(x)]
+        return [*representations, chain.tail(representations[-1].clone(), len(representations) - 1).clone()]
+    # its own code: it may raise anything
+    except Exception as error:
+        raise NetworkError(
+            f"{what} does not run on {len(x)} images ({type(error).__name__}: {first_line(error)}): expected any number"
+        ) from error
 
 
 def different_images(chain: "Chain", count: int) -> Tensor:
