@@ -61,20 +61,26 @@ def usable_folder(option: str, given: str | os.PathLike[str]) -> Path:
     Raises ConfigError when the name is blank, an address, or has a variable in it that is not set, and when a file has
     its name, or that of a folder above it.
     """
-    if not os.fspath(given).strip():
-        raise ConfigError(f"{argument(option)} is empty: expected the name of a folder")
-    if _ADDRESS.match(os.fspath(given)):
-        raise ConfigError(f"{argument(option, given)} is an address: expected a folder on this machine")
-    folder = expanded(given)
-    unset = _VARIABLE.search(str(folder))
-    if unset:
-        raise ConfigError(f"{argument(option, given)}: {plain(unset[0])} is not set; expected the name of a folder")
+    folder = output_path(option, given, "folder")
     # no folder can be made below a file
     existing = next((path for path in (folder, *folder.parents) if _there(path)), folder)
     if _there(existing) and not existing.is_dir():
         where = "" if existing == folder else f": {existing}"
         raise ConfigError(f"{argument(option, folder)}{where} is a file: expected a folder, or a name for a new one")
     return folder
+
+
+def output_path(option: str, given: str | os.PathLike[str], kind: str) -> Path:
+    """The path on this machine that an argument names; ConfigError where it is blank, an address, or not known."""
+    if not os.fspath(given).strip():
+        raise ConfigError(f"{argument(option)} is empty: expected the name of a {kind}")
+    if _ADDRESS.match(os.fspath(given)):
+        raise ConfigError(f"{argument(option, given)} is an address: expected a {kind} on this machine")
+    path = expanded(given)
+    unset = _VARIABLE.search(str(path))
+    if unset:
+        raise ConfigError(f"{argument(option, given)}: {plain(unset[0])} is not set; expected the name of a {kind}")
+    return path
 
 
 def _there(path: Path) -> bool:

@@ -23,16 +23,17 @@ def written(root: Path, *names: str) -> None:
 
 
 @pytest.mark.parametrize("out", ["$UNDEFINED/x", "${UNDEFINED}", "s3://bucket/x", "file:///tmp/x", "file:x", "gs://x"])
-@pytest.mark.parametrize("command", ["export", "plot", "demo", "paper", "tables", "images"])
+@pytest.mark.parametrize("command", ["export", "plot", "demo", "paper", "tables", "images", "bench"])
 def test_outputs_are_folders_on_this_machine(out: str, command: str, tmp_path: Path, run_cli: Command) -> None:
     root = tmp_path / "root"
     written(root, "run")
-    line = [command] if command in ("demo", "paper") else [command, "run"]
-    ended = run_cli(*line, "--out", out, "--root", root)
+    line = [command] if command in ("demo", "paper", "bench") else [command, "run"]
+    option, kind = ("--json", "file") if command == "bench" else ("--out", "folder")
+    ended = run_cli(*line, option, out, "--root", root)
     assert ended.returncode == 2, ended
     assert ended.stderr.count("\n") == 1
-    problem = "is not set; expected the name of a folder" if "$" in out else "is an address: expected a folder on this"
-    assert f"--out {out}" in ended.stderr
+    problem = f"is not set; expected the name of a {kind}" if "$" in out else f"is an address: expected a {kind} on"
+    assert f"{option} {out}" in ended.stderr
     assert problem in ended.stderr
     assert not list((tmp_path / "work").iterdir())
 

@@ -233,8 +233,13 @@ def _of_children(
     try:
         chain = _assembled(kind, *_split_children(copied, names), example_input, layouts)
     except CannotCut:
-        # a child gives several tensors to the next, or the last gives more than logits
-        return _traced(kind, model, example_input, positions, layouts)
+        # the last child gives more than logits, or another one several tensors to the next
+        try:
+            return _traced(kind, model, example_input, names, layouts)
+        except NetworkError:
+            if positions is not None:
+                raise
+            return _traced(kind, model, example_input, None, layouts)
     require_same_values(copied, list(chain.segments), chain.head, names, example_input)
     return chain
 
