@@ -13,6 +13,9 @@ from fastsitch.chains.same_values import same_bits, same_values
 from fastsitch.chains.trace import first_line
 from fastsitch.errors import NetworkError, plain
 
+_SMALL = 3 * 64 * 64
+"""Values of an image."""
+
 _RUN_FIRST = "run the network once on a few images beforehand, in its factory or before it is cut"
 
 
@@ -101,7 +104,9 @@ def require_no_first_pass(modules: Sequence[nn.Module], example: Tensor, what: s
     Runs copies of them, in eval mode, on a few images of the example's shape. Those that do not run are left to others.
     """
     generator = torch.Generator().manual_seed(0)
-    one, two = (torch.randn((2, *example.shape[1:]), generator=generator).to(example) for _ in range(2))
+    # of large images one has to do
+    count = 2 if example[0].numel() <= _SMALL else 1
+    one, two = (torch.randn((count, *example.shape[1:]), generator=generator).to(example) for _ in range(2))
     used, fresh = copy_modules(modules), copy_modules(modules)
     for module in (*used, *fresh):
         module.eval()

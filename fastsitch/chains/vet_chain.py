@@ -230,38 +230,37 @@ def require_gradients(chain: "Chain", positions: Sequence[int], what: str) -> No
 def gradient_faults(chain: "Chain", positions: Sequence[int]) -> tuple[list[str], list[str]]:
     """The names of positions at which the logits have no gradient, and of those at which it is zero.
 
-    One backward pass on two images, from position to position: all that is before a position goes through it.
+    One pass on two images and back, segment by segment: all that is before a position goes through it.
     """
+    passed: list[tuple[Tensor, Tensor]] = []
     with eval_mode(chain):
         with torch.no_grad():
-            inputs = chain.representations(different_images(chain, 2))
-        gradients: dict[int, Tensor | None] = {}
-        gradient: Tensor | None = None
-        for j in reversed(range(len(inputs))):
-            last = j == len(inputs) - 1
-            if last or gradient is not None:
-                gradient = _gradient(chain.head if last else chain.segments[j + 1], inputs[j], gradient)
-            gradients[j] = gradient
+            x = chain.segments[0](different_images(chain, 2))
+        for module in (*list(chain.segments)[1:], chain.head):
+            # a position, as if all before it were the sender
+            x = x.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                y = module(x)
+            passed.append((x, y))
+            x = y
+    gradients: dict[int, Tensor | None] = {}
+    # weighted, since the sum of the logits may be constant
+    gradient: Tensor | None = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)
+    for j, (given, output) in reversed(list(enumerate(passed))):
+        gradient = None if gradient is None else _gradient(given, output, gradient)
+        gradients[j] = gradient
     names = [position.name for position in chain.positions]
     without = [names[j] for j in positions if gradients[j] is None]
     return without, [names[j] for j in positions if (found := gradients[j]) is not None and not found.any()]
 
 
-def _gradient(module: nn.Module, x: Tensor, of_output: Tensor | None) -> Tensor | None:
-    """At a module's input, given that at its output, or of logits where none is given; None where there is none."""
-    with torch.enable_grad():
-        leaf = x.detach().clone().requires_grad_()
-        try:
-            output = module(leaf)
-            if not output.requires_grad:
-                return None
-            if of_output is None:
-                # weighted, since the sum of the logits may be constant
-                of_output = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device)
-            (gradient,) = torch.autograd.grad(output, leaf, of_output.view_as(output), allow_unused=True)
-        except RuntimeError:
-            return None
-    return gradient
+def _gradient(x: Tensor, output: Tensor, of_output: Tensor) -> Tensor | None:
+    """At ``x``, given that at what was made of it; None where there is none."""
+    try:
+        return torch.autograd.grad(output, x, of_output, allow_unused=True)[0] if output.requires_grad else None
+    # an operation without a way back
+    except RuntimeError:
+        return None
 
 
 def _outputs(chain: "Chain", x: Tensor, what: str) -> list[Tensor]:
