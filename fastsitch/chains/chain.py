@@ -141,27 +141,9 @@ class Chain(nn.Module):
         if not isinstance(model, Chain):
             require_weights([model], what)
             require_no_first_pass([model], _as_weights(example_input, [model]), what)
-        chain = cls.cut(model, example_input, positions, layouts, output)
+        chain = cut_chain(cls, model, example_input, positions, layouts, output)
         vet_chain(chain, what)
         return chain if chain is model else chain.eval()
-
-    @classmethod
-    def cut(
-        cls,
-        model: nn.Module,
-        example_input: Tensor,
-        positions: Sequence[str] | str | None = None,
-        layouts: Mapping[str, Layout] | None = None,
-        output: str | int | None = None,
-    ) -> "Chain":
-        """As :meth:`from_module`, without the checks that run a network several times."""
-        if isinstance(model, Chain):
-            return model
-        example_input = _as_weights(example_input, [model])
-        if isinstance(positions, str):
-            positions = separated(positions)
-        chain = None if output is not None else _of_children(cls, model, example_input, positions, layouts)
-        return (chain or _traced(cls, model, example_input, positions, layouts, output)).eval()
 
     @classmethod
     def from_segments(
@@ -207,6 +189,24 @@ class Chain(nn.Module):
         for module, training in modes:
             module.training = training
         return chain
+
+
+def cut_chain(
+    kind: type[Chain],
+    model: nn.Module,
+    example_input: Tensor,
+    positions: Sequence[str] | str | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    output: str | int | None = None,
+) -> Chain:
+    """As :meth:`Chain.from_module`, without the checks that run a network several times."""
+    if isinstance(model, Chain):
+        return model
+    example_input = _as_weights(example_input, [model])
+    if isinstance(positions, str):
+        positions = separated(positions)
+    chain = None if output is not None else _of_children(kind, model, example_input, positions, layouts)
+    return (chain or _traced(kind, model, example_input, positions, layouts, output)).eval()
 
 
 def _of_children(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastsitch.chains.chain import Chain
+from fastsitch.chains.chain import Chain, cut_chain
 from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.chains.kept_state import not_finite, require_saved
 from fastsitch.chains.layout import Layout
@@ -291,7 +291,9 @@ def _chain(
 ) -> Chain:
     # all values differ, so that nothing cancels where the segments are compared with the whole network
     example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
-    return (Chain.from_module if vet else Chain.cut)(module, example, positions, layouts)
+    if not vet:
+        return cut_chain(Chain, module, example, positions, layouts)
+    return Chain.from_module(module, example, positions, layouts)
 
 
 @contextmanager
