@@ -34,6 +34,7 @@ class LiveSplit:
         self._sender = sender
         self._transform = transform
         self._images = split.images.to(sender.device)
+        self._size = split.size
         self._stored = stored
         self._dtype = dtype
         self.positions = sender.positions
@@ -83,10 +84,9 @@ class LiveSplit:
             yield self._batch(index, None, {})
 
     def _views(self, seed: int, epoch: int) -> Views:
-        images = self._images
-        # views of images in files are taken of what the sender's preprocessing gives, whatever their size
-        size = (0, 0) if isinstance(images, ImageFiles) else (images.shape[1], images.shape[2])
-        return Views.draw(len(self), *self._transform.viewed(size), torch_generator("views", seed, epoch))
+        # those of images of several sizes are taken of what the sender's preprocessing gives
+        size = self._transform.viewed(self._size or (0, 0))
+        return Views.draw(len(self), *size, torch_generator("views", seed, epoch))
 
     def _batch(self, index: Tensor, views: Views | None, into: Mapping[Shape, Tensor]) -> Batch:
         stacks = stack_positions(self.positions, self.represent(index, views), into)

@@ -80,6 +80,8 @@ def ensure_store(
             Background("store-writer") as background,
         ):
             for name, split in (("train", dataset.train), ("test", dataset.test)):
+                if isinstance(split.images, ImageFiles):
+                    split.images.announce()
                 for start in range(0, len(split), writer.block_images):
                     images = split.images[start : start + writer.block_images]
                     block = forward_block(frozen, network, images, DTYPES[dtype])

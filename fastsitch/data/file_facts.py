@@ -71,11 +71,17 @@ class FolderFacts:
             found.append(facts.digest)
         return found
 
+    def state(self, files: Iterable[Path]) -> str | None:
+        """Hash over names, sizes and times of modification of files that were looked at; None: some still change."""
+        found = [(name, *self._found[name][:2]) for name in map(self._name, files)]
+        settled = _settled()
+        return None if any(modified >= settled for _, _, modified in found) else stable_hash(found)
+
     def save(self) -> None:
         """Keep what was found, beside what is known of other files of the folder."""
         if not self._changed or len(self._found) < _WORTH:
             return
-        settled = time.time_ns() - int(_SETTLED * 1e9)
+        settled = _settled()
         entries = {**self._known, **self._found}
         entries = {name: entry for name, entry in entries.items() if entry[1] < settled}
         try:
@@ -102,6 +108,11 @@ class FolderFacts:
 
     def _name(self, file: Path) -> str:
         return str(file)[len(str(self._folder)) + 1 :]
+
+
+def _settled() -> int:
+    """Times of modification, in nanoseconds, before which a file that changes now has another one."""
+    return time.time_ns() - int(_SETTLED * 1e9)
 
 
 def _digest(file: Path) -> bytes:

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fastsitch.data.dataset import Dataset, Split, Whole
+from fastsitch.data.dataset import Dataset, Split
 from fastsitch.data.dataset_name import DatasetName
 from fastsitch.data.file_formats import Arrays, read_cifar, read_idx
+from fastsitch.data.folder_dataset import folder_dataset
 from fastsitch.data.image_folder import ImageFolder
 from fastsitch.data.known_sizes import DatasetSize
 from fastsitch.data.npz_file import NpzData, read_npz
@@ -43,37 +44,23 @@ def dataset_size(name: str, data_dir: Path) -> DatasetSize | None:
 
 
 def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Load a data set into memory (CPU).
+    """Load a data set into memory (CPU); large folders, and images of several sizes, stay in their files.
 
     ``fashion-mini:5000`` is the first 5,000 training images and the whole test set of fashion-mini;
     ``imagefolder:DIR@64`` are images of any size, the shorter side resized to 64 and the centre cropped;
     ``imagefolder:DIR@white`` shows white where images are transparent, or grey, or #RRGGBB, instead of black;
     ``imagefolder:DIR@holdout=0.2`` takes a fifth of the images of a folder without split folders for the test;
     ``@train=5000@test=1000`` behind any data set takes class-balanced subsets, always the same ones.
-    ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to; the pixels of
-    an image folder that memory does not hold are kept in a scratch file there. Raises DataError when the name is
-    unknown, or when files are missing or malformed, MemoryLimitError when neither memory nor disk hold the pixels.
+    ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to, and where what
+    was seen of image folders is remembered. Raises DataError when the name is unknown, or when files are missing or
+    malformed.
     """
     parsed = DatasetName.parse(name)
     # raises where a named data set has too few images
     _ = parsed.known_size
-    dataset = _folder(parsed, data_dir) if parsed.kind == "imagefolder" else _arrays(parsed, data_dir)
+    dataset = folder_dataset(parsed, data_dir) if parsed.kind == "imagefolder" else _arrays(parsed, data_dir)
     _warn_of_unseen(dataset)
     return dataset
-
-
-def _folder(name: DatasetName, data_dir: Path) -> Dataset:
-    """An image folder; of a subset no other image is decoded."""
-    folder = ImageFolder.scan(name, data_dir)
-    whole = Whole(str(name.whole), None, all_tested=name.subset.test is None) if name.subset else None
-    if folder.size is None:
-        # every network brings them to its own size
-        labels = (torch.tensor(split.labels) for split in (folder.train, folder.test))
-        train, test = (Split(files, known) for files, known in zip(folder.files(), labels, strict=True))
-        return Dataset(str(name), train, test, len(folder.classes), folder.classes, whole, folder.hash())
-    decoded = folder.read(data_dir)
-    train, test = _split(decoded[0]), _split(decoded[1])
-    return Dataset(str(name), train, test, len(folder.classes), folder.classes, whole)
 
 
 def _arrays(name: DatasetName, data_dir: Path) -> Dataset:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsitch.chains.layout import grid_rows
 from fastsitch.chains.position import Position
-from fastsitch.data import Split
 from fastsitch.files import exclusive
 from fastsitch.generation.choose_images import Chosen, chosen_images, chosen_units
 from fastsitch.generation.input_stitches import InputStitches, input_cells
@@ -111,7 +110,7 @@ class _Generator:
         test = workbench.dataset.test
         self._workbench = workbench
         self._index = tuple(index)
-        self._split = Split(test.pixels[list(index)], test.labels[list(index)])
+        self._split = test[torch.tensor(self._index)]
         self._provided: dict[NetworkName, list[Tensor]] = {}
 
     def pair(self, unit: Unit, stitches: InputStitches) -> PairImages:

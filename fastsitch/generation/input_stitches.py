@@ -52,12 +52,13 @@ class InputImages:
     """Training images as what a receiver expects at its input: an OrderedSplit of one position, in fp32."""
 
     def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
-        self._images = split.pixels
+        self._images = split.images
         self._transform = transform
         self._device = device
-        _, height, width, colours = split.pixels.shape
-        channels = 1 if transform.grey else colours
-        self.shapes: Sequence[Shape] = [(channels, *(transform.resolution or (height, width)))]
+        channels = 1 if transform.grey else 3
+        resolution = transform.resolution or split.size
+        assert resolution is not None
+        self.shapes: Sequence[Shape] = [(channels, *resolution)]
         self.labels = split.labels.to(device)
         self.ids = torch.arange(len(split), device=device)
 

@@ -34,7 +34,7 @@ class InputStitchTrainer:
             workbench.root,
             workbench.run.plan,
             images=(len(train), len(test)),
-            pixels=train.pixels[0].numel(),
+            pixels=train.image_bytes,
             itemsize=workbench.dtype.itemsize,
         )
         self._free = budget - costs.memory[workbench.source]

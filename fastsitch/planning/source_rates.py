@@ -53,8 +53,7 @@ def choose_measured(
         root,
         plan,
         images=(len(dataset.train), len(dataset.test)),
-        # files stay where they are
-        pixels=0 if dataset.size is None else dataset.train.pixels[0].numel(),
+        pixels=dataset.train.image_bytes,
         itemsize=dtype.itemsize,
     )
     return choose_source(
