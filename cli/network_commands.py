@@ -104,8 +104,9 @@ def add(
         str,
         typer.Option(
             "--from",
-            help="torchvision:NAME, timm:NAME, or FILE.py:FACTORY, whose code is then run; with --pretrained also "
-            "torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION] and timm:local-dir:PATH.",
+            help="torchvision:NAME, timm:NAME, hf:TYPE, or FILE.py:FACTORY, whose code is then run; with --pretrained "
+            "also torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION], timm:local-dir:PATH, "
+            "hf:ORG/MODEL[@REVISION] and hf:PATH.",
             rich_help_panel=DATA,
         ),
     ],
