@@ -187,10 +187,10 @@ def test_folders_that_timm_saved(caches: Path, photos: Path) -> None:
     }
     (saved / "config.json").write_text(json.dumps(config))
     source = f"timm:local-dir:{saved}"
-    by_hand = caches / "classes.csv"
-    by_hand.write_text("# class, output\nn01440764,2\nn02102040,0\n\nn03028079,1\n")
+    classes = caches / "classes.csv"
+    classes.write_text("# class, output\nn01440764,2\nn02102040,0\n\nn03028079,1\n")
     definition, record = fastsitch.add(
-        "net", source, pretrained=True, classes_from=by_hand, dataset=f"imagefolder:{photos}", root=caches / "root"
+        "net", source, pretrained=True, classes_from=classes, dataset=f"imagefolder:{photos}", root=caches / "root"
     )
     assert record is not None
     assert definition.class_outputs == (2, 0, 1)
