@@ -275,6 +275,14 @@ def precompute(
     test_images: TestImagesOption = None,
     dtype: Annotated[StoredDtype, typer.Option(help="How numbers are stored.", rich_help_panel=FILES)] = "bf16",
     compress: Annotated[Compression, typer.Option(help="How stores are compressed.", rich_help_panel=FILES)] = "none",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Store only these positions: names or patterns, 'stem,layer*.0'.",
+            show_default="all",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace stores that are stale or damaged.", rich_help_panel=FILES)
     ] = False,
@@ -285,7 +293,7 @@ def precompute(
     activations: ActivationsOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run each network once and store its representations at every position."""
+    """Run each network once and store its representations."""
     import fastsitch
     from fastsitch.data.dataset_name import with_options
 
@@ -298,6 +306,7 @@ def precompute(
             dataset=named,
             dtype=dtype,
             compress=compress,
+            positions=positions,
             force=force,
             root=root,
             data_dir=data_dir,
@@ -307,9 +316,9 @@ def precompute(
             report=display.report,
         )
     for store in stores:
-        typer.echo(
-            f"{store.identity.network}: {counted(len(store.positions), 'position')}, {size(store.bytes)}: {store.path}"
-        )
+        stored, count = len(store.positions), store.position_count
+        positions_text = counted(stored, "position") if stored == count else f"{stored} of {count} positions"
+        typer.echo(f"{store.identity.network}: {positions_text}, {size(store.bytes)}: {store.path}")
 
 
 def _layouts(texts: list[str]) -> dict[str, str]:

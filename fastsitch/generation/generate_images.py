@@ -90,7 +90,7 @@ def run_images(
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
     configure(torch_device)
     # a run of matched stitches may name a recipe that needs new views of the images
-    workbench = Workbench.open(root, run, torch_device, "live" if run.config.recipe.augment else None)
+    workbench = Workbench.open(root, run, torch_device, (lambda _: "live") if run.config.recipe.augment else None)
     index = chosen_images(len(workbench.dataset.test), images, count, seed)
     for name in dict.fromkeys(name for unit in units for name in (unit.sender_network, unit.receiver_network)):
         workbench.networks.load(name)

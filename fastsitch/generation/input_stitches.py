@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +113,7 @@ class InputStitchFiles:
         """A hash of everything that the stitches depend on."""
         run = self._run
         networks = [run.networks[name].weights_hash for name in (unit.sender_network, unit.receiver_network)]
-        resolved = {key: value for key, value in asdict(run.resolved).items() if key != "group_size"}
+        resolved = {key: value for key, value in run.resolved.to_dict().items() if key != "group_size"}
         return stable_hash([input_unit(unit).name, networks, run.data_hash, run.config.to_dict(), resolved])
 
     def _file(self, unit: Unit) -> Path:

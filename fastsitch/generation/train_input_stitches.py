@@ -37,7 +37,7 @@ class InputStitchTrainer:
             pixels=train.image_bytes,
             itemsize=workbench.dtype.itemsize,
         )
-        self._free = budget - costs.memory[workbench.source]
+        self._free = budget - max(sender.memory[workbench.source(name)] for name, sender in costs.senders.items())
 
     def finished(self, units: Sequence[Unit]) -> dict[Unit, InputStitches]:
         """Those that are saved."""

@@ -1,6 +1,7 @@
 """A run that is opened for work: its data set, its networks and their representations, on one device."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -87,16 +88,21 @@ class Networks:
 class Workbench:
     """What training, measuring and generating images need of a run.
 
-    ``source`` is where representations come from, if not from the one that is frozen into the run.
+    ``source`` says where the representations of a network come from, if not from what is frozen into the run.
     """
 
     def __init__(
-        self, root: Root, run: Run, networks: Networks, device: torch.device, source: SourceName | None = None
+        self,
+        root: Root,
+        run: Run,
+        networks: Networks,
+        device: torch.device,
+        source: Callable[[NetworkName], SourceName] | None = None,
     ) -> None:
         self.root = root
         self.run = run
         self.networks = networks
-        self.source = source or run.resolved.source
+        self.source = source or run.resolved.source_of
         self.dataset = networks.dataset
         self.device = device
         self.dtype = DTYPES[run.resolved.precision]
@@ -105,13 +111,16 @@ class Workbench:
             self.dataset,
             networks.load,
             source=self.source,
+            chosen=run.plan.chosen,
             dtype=self.dtype,
             device=device,
         )
         self._receivers: dict[NetworkName, Receiver] = {}
 
     @classmethod
-    def open(cls, root: Root, run: Run, device: torch.device, source: SourceName | None = None) -> "Workbench":
+    def open(
+        cls, root: Root, run: Run, device: torch.device, source: Callable[[NetworkName], SourceName] | None = None
+    ) -> "Workbench":
         """Load the run's data set; raises DataError, or RunError where it is not the one that the run began with."""
         dataset = load_dataset(run.config.dataset, root.data_dir)
         require_same_data(run, dataset.hash)
