@@ -34,6 +34,7 @@ _KEYS = {
 
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONFIG = re.compile(r"[^<>:/\\|?*@]+")
+_REGISTERED = re.compile(r"[A-Za-z0-9_-]+")
 
 _EXPECTED_HF = "hf:ORG/NAME or hf:ORG/NAME:CONFIG of the Hugging Face hub, or hf:/DIR or hf:./DIR with parquet files"
 
@@ -43,16 +44,16 @@ class DatasetName:
     """A data set by its parts; ``str`` is the name under which it is recorded.
 
     Source: ``cifar10``, ``fashion-mini:5000``, ``npz:FILE``, ``imagefolder:DIR@64@white@holdout=0.2``,
-    ``hf:ORG/NAME:CONFIG@64@image=COLUMN@label=COLUMN``, each also with ``@train=5000@test=1000``
+    ``hf:ORG/NAME:CONFIG@64@image=COLUMN@label=COLUMN`` or ``python:NAME``, each also with ``@train=5000@test=1000``
     behind it.
     """
 
     kind: str
-    """A key of SIZES, ``npz``, ``imagefolder``, or ``hf``."""
+    """A key of SIZES, ``npz``, ``imagefolder``, ``hf`` or ``python``."""
     path: Path | None = None
     """Absolute; None for a data set that has a name alone."""
     called: str | None = None
-    """On the Hugging Face hub."""
+    """On the Hugging Face hub, or in this Python process."""
     config: str | None = None
     """Of a data set of the hub, or of parquet files; None: its only one, or its default."""
     first: int | None = None
@@ -73,12 +74,14 @@ class DatasetName:
         if kind in SIZES:
             return _named(name, kind)
         kind, separator, location = name.partition(":")
-        if not separator or kind not in _KEYS or not location:
+        if not separator or kind not in (*_KEYS, "python") or not location:
             raise DataError(
                 f"unknown data set {name!r}: expected {', '.join(SIZES)}, one of them with :N for its first N training "
                 "images, imagefolder:DIR, imagefolder:DIR@SIDE, npz:FILE or hf:NAME; behind it, @train=N@test=N for "
                 "some images"
             )
+        if kind == "python":
+            return _registered(name, location)
         # of other kinds a location is always a path
         on_hub = kind == "hf" and re.match(r"[/~$]|\.\.?(/|$)", location) is None
         return _located(name, kind, location if on_hub else str(expanded(location)), on_hub=on_hub)
@@ -147,6 +150,19 @@ def _named(name: str, kind: str) -> DatasetName:
             raise DataError(f"data set {name}: expected @train=N or @test=N behind {kind}, found @{plain(part)}")
         _add(name, found, key, value)
     return DatasetName(kind, first=int(number) if first else None, subset=_subset(found))
+
+
+def _registered(name: str, location: str) -> DatasetName:
+    called, *parts = location.split("@")
+    found: dict[str, str] = {}
+    for part in parts:
+        key, value = _keyed(name, part, _KEYS["npz"]) or ("", "")
+        if not key:
+            raise DataError(f"data set {name}: expected @train=N or @test=N behind python:NAME, found @{plain(part)}")
+        _add(name, found, key, value)
+    if not _REGISTERED.fullmatch(called):
+        raise DataError(f"data set {name}: expected python:NAME with a name of letters, digits, _ and -")
+    return DatasetName("python", called=called, subset=_subset(found))
 
 
 def _located(name: str, kind: str, location: str, *, on_hub: bool = False) -> DatasetName:

@@ -17,6 +17,7 @@ from fastsitch.data.hub_dataset import is_here, offline
 from fastsitch.data.image_folder import ImageFolder
 from fastsitch.data.known_sizes import SIZES, DatasetSize
 from fastsitch.data.npz_file import NpzData, read_npz
+from fastsitch.data.python_dataset import registered
 from fastsitch.data.subset import take_subset
 from fastsitch.errors import DataError, argument
 
@@ -37,7 +38,7 @@ def dataset_size(name: str, data_dir: Path) -> DatasetSize | None:
     parsed = DatasetName.parse(name)
     if parsed.kind in SIZES:
         return parsed.known_size
-    if not (is_here(parsed) if parsed.kind == "hf" else parsed.path is not None and parsed.path.exists()):
+    if not (is_here(parsed) if parsed.kind == "hf" else parsed.path is None or parsed.path.exists()):
         return None
     if parsed.kind in _FOLDERS:
         # without the library, where it is not needed
@@ -59,6 +60,7 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     ``imagefolder:DIR@holdout=0.2`` takes a fifth of the images of a folder without split folders for the test;
     ``hf:ORG/NAME:CONFIG`` is a data set of the Hugging Face hub, ``hf:/DIR`` a folder of parquet files, with the same
     parts behind them and ``@image=COLUMN@label=COLUMN`` where columns have to be chosen;
+    ``python:NAME`` is what was registered in this process;
     ``@train=5000@test=1000`` behind any data set takes class-balanced subsets, always the same ones.
     ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to, and where what
     was seen of image folders is remembered. Raises DataError when the name is unknown, or when files are missing or
@@ -67,7 +69,12 @@ def load_dataset(name: str, data_dir: Path) -> Dataset:
     parsed = DatasetName.parse(name)
     # raises where a named data set has too few images
     _ = parsed.known_size
-    dataset = folder_dataset(parsed, data_dir) if parsed.kind in _FOLDERS else _arrays(parsed, data_dir)
+    if parsed.kind in _FOLDERS:
+        dataset = folder_dataset(parsed, data_dir)
+    elif parsed.kind == "python":
+        dataset = take_subset(registered(parsed), parsed.subset, str(parsed))
+    else:
+        dataset = _arrays(parsed, data_dir)
     _warn_of_unseen(dataset)
     return dataset
 
