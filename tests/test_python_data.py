@@ -188,6 +188,14 @@ def test_what_is_no_data_set_is_refused_in_a_line(train: Any, message: str) -> N
         load_dataset("python:bad", Path("scratch"))
 
 
+def test_a_picture_that_is_cut_off_is_named(fashion: Dataset, tmp_path: Path) -> None:
+    file = pictures(tmp_path / "pics", fashion) / "train" / "boot" / "0.png"
+    file.write_bytes(file.read_bytes()[:120])
+    message = "cannot read python:cut, train item 0 as an image"
+    with Image.open(file) as picture, pytest.raises(DataError, match=message):
+        fastsitch.dataset_from([(picture, 0)], [(IMAGE, 0)], name="cut")
+
+
 def test_names_and_class_names() -> None:
     split = [(IMAGE, 0), (IMAGE, 1)]
     for name in ("", "a b", "a@1", "a/b", 3):

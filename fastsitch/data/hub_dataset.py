@@ -149,7 +149,9 @@ def _builder(name: DatasetName, out_of_reach: str) -> Any:
     # the errors of several libraries, for files, formats and transfers
     except Exception as error:
         problem = error
-    snapshot = None if name.called is None else _snapshot(name.called)
+    # of what the hub itself says the newest version is known
+    nowhere = name.called is not None and (out_of_reach != "" or not isinstance(problem, ValueError))
+    snapshot = _snapshot(str(name.called)) if nowhere else None
     if snapshot is not None:
         log.info("%s is taken from %s (%s)", name.source, snapshot, out_of_reach or _brief(problem))
         place = snapshot

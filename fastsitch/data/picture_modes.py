@@ -23,14 +23,20 @@ _PHOTOMETRIC = 262
 @contextmanager
 def opened(file: ImageFile) -> Iterator[Image.Image]:
     """An image file; whatever is wrong with it, also while it is decoded later, is a DataError that names it."""
+    with decoding(file), Image.open(file.open() if isinstance(file, Row) else file) as picture:
+        yield picture
+
+
+@contextmanager
+def decoding(said: object) -> Iterator[None]:
+    """Whatever is wrong with an image while it is decoded is a DataError that says which it is."""
     try:
-        with Image.open(file.open() if isinstance(file, Row) else file) as picture:
-            yield picture
+        yield
     except DataError:
         raise
     # what Pillow's decoders raise for broken files
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {file} as an image ({error})") from None
+        raise DataError(f"cannot read {said} as an image ({error})") from None
 
 
 def require_known_pixels(picture: Image.Image, file: object) -> None:

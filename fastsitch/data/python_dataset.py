@@ -20,7 +20,7 @@ from fastsitch.data.dataset import Dataset, Split
 from fastsitch.data.dataset_name import DatasetName
 from fastsitch.data.file_formats import MAX_LABEL, padding
 from fastsitch.data.image_files import ImageFiles
-from fastsitch.data.picture_modes import as_rgb, require_known_pixels
+from fastsitch.data.picture_modes import as_rgb, decoding, require_known_pixels
 from fastsitch.errors import ConfigError, DataError, argument, plain
 from fastsitch.machine import available_memory
 
@@ -215,8 +215,9 @@ def _equal(first: tuple[NDArray[np.uint8], int], second: tuple[NDArray[np.uint8]
 def _pixels(image: Any, said: str) -> NDArray[np.uint8]:
     """uint8 (H, W, 3) of what stands for an image; raises DataError."""
     if isinstance(image, Image.Image):
-        require_known_pixels(image, said)
-        return np.asarray(as_rgb(image, BLACK))
+        with decoding(said):
+            require_known_pixels(image, said)
+            return np.asarray(as_rgb(image, BLACK))
     values, what = image, type(image).__name__
     if isinstance(image, Tensor):
         what = f"a tensor {tuple(image.shape)} of {image.dtype}"
