@@ -83,7 +83,7 @@ def test_nothing_that_comes_with_a_data_set_is_executed(fashion: Dataset, tmp_pa
 
 def test_a_folder_here_is_not_taken_for_a_name_on_the_hub(fashion: Dataset, tmp_path: Path, run_cli: Command) -> None:
     parquets(tmp_path / "work" / "made", pictures(tmp_path / "pics", fashion))
-    with pytest.raises(DataError, match=r"made is a folder here: write hf:./made to take it"):
+    with pytest.raises(DataError, match=r"hf:made: there is a folder of that name here; write hf:./made to take it"):
         load("made")
     assert canonical_dataset("hf:./made") == f"hf:{tmp_path / 'work' / 'made'}"
     for wrong in ("hf:a/b/c", "hf:-a", "hf:a/b:c/d", "hf:a/b@train=x", "hf:a/b@64@64", "hf:a b"):

@@ -141,7 +141,8 @@ def _builder(name: DatasetName, out_of_reach: str) -> Any:
     if name.called is not None and Path(name.called).exists():
         # the library would take it
         raise DataError(
-            f"{name.called} is a folder here: write hf:./{name.called} to take it, else go to another folder"
+            f"{name.source}: there is a folder of that name here; write hf:./{name.called} to take it, else go to "
+            "another folder"
         )
     place: Any = name.path or name.called
     try:
