@@ -377,23 +377,3 @@ def test_what_the_library_prepared_is_found_offline(fashion: Dataset, tmp_path: 
     # neither a folder of that name nor another config is taken for it
     with pytest.raises(DataError, match="hf:fashion-org/clothes:other"):
         load("fashion-org/clothes:other")
-
-
-def test_rows_are_looked_at_once(fashion: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is known of the rows is remembered as that of files is, for every column by itself."""
-    monkeypatch.setattr("fastsitch.data.file_facts._WORTH", 1)
-    monkeypatch.setattr("fastsitch.data.file_facts._SETTLED", 0)
-    folder = mixed(tmp_path / "pics", fashion)
-    made = parquets(tmp_path / "made", folder)
-    looked: list[str] = []
-    opened = fastsitch.data.image_folder.opened
-
-    def counted(file: Any) -> Any:
-        looked.append(str(file))
-        return opened(file)
-
-    monkeypatch.setattr("fastsitch.data.image_folder.opened", counted)
-    first = load_dataset(f"hf:{made}", tmp_path).hash
-    assert len(looked) == 24
-    assert load_dataset(f"hf:{made}", tmp_path).hash == first
-    assert len(looked) == 24
