@@ -24,7 +24,9 @@ class GroupedCommand(TyperCommand):
         )
 
 
-_DATASETS = "fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR[@SIDE][@COLOUR] or npz:FILE."
+_DATASETS = (
+    "fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR[@SIDE][@COLOUR], npz:FILE or hf:NAME[:CONFIG]."
+)
 
 # not Path, for which nothing is the current folder
 RootOption = Annotated[

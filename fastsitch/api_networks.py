@@ -43,7 +43,8 @@ def load_dataset(
 
     Args:
         name: ``fashion-mini`` (embedded), ``fashion-mnist``, ``cifar10``, ``cifar100``, one of these with ``:N`` for
-            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE`` or ``npz:FILE``; any of them
+            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE``, ``npz:FILE``,
+            ``hf:ORG/NAME:CONFIG`` of the Hugging Face hub or ``hf:/DIR`` with parquet files; any of them
             with ``@train=N`` or ``@test=N`` behind it for a class-balanced subset.
         data_dir: folder with the files of named data sets; None: ``data`` in the root.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.

@@ -31,9 +31,10 @@ WORTH_KEEPING = 1000
 
 
 def folder_dataset(name: DatasetName, data_dir: Path) -> Dataset:
-    """An image folder; of a subset no other image is decoded. Results do not depend on where the pixels are.
+    """An image folder, or a table of images; of a subset no other image is decoded.
 
-    Raises DataError, see :meth:`ImageFolder.scan`, and for an image that cannot be decoded.
+    Results do not depend on where the pixels are. Raises DataError, see :meth:`ImageFolder.scan`, and for an image that
+    cannot be decoded.
     """
     folder = ImageFolder.scan(name, data_dir)
     whole = Whole(str(name.whole), None, all_tested=name.subset.test is None) if name.subset else None
@@ -64,7 +65,7 @@ class _Remembered:
         kept = self._kept(images, facts)
         if kept is not None:
             return kept
-        log.info("%s: %s, decoded into memory", self._folder.name.path, self._folder.described)
+        log.info("%s: %s, decoded into memory", self._folder.name.source, self._folder.described)
         decoded = replace(images, train=_decoded(images.train), test=_decoded(images.test))
         if self._signature is None or len(images.train) + len(images.test) < WORTH_KEEPING:
             return decoded
@@ -78,7 +79,7 @@ class _Remembered:
         if facts is None:
             log.info(
                 "%s: %s: they stay in their files; all are decoded once, for their hash and mean",
-                self._folder.name.path,
+                self._folder.name.source,
                 self._folder.described,
             )
             facts = PixelFacts.of(images.train, images.test)

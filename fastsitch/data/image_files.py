@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +28,7 @@ class ImageReader:
     """
 
     def __init__(
-        self, files: Sequence[Path], picture: Callable[[Path], Image.Image], size: tuple[int, int] | None = None
+        self, files: Sequence[Any], picture: Callable[[Any], Image.Image], size: tuple[int, int] | None = None
     ) -> None:
         self.files = files
         self.size = size
@@ -104,8 +104,8 @@ class ImageFiles:
     @classmethod
     def of(
         cls,
-        files: Sequence[Path],
-        picture: Callable[[Path], Image.Image],
+        files: Sequence[Any],
+        picture: Callable[[Any], Image.Image],
         sizes: str = "",
         size: tuple[int, int] | None = None,
     ) -> "ImageFiles":
@@ -141,8 +141,8 @@ class ImageFiles:
     def of_several_sizes(self) -> DataError:
         """What to say where images of one size are needed."""
         return DataError(
-            f"{self.sizes}: expected images of one size; resize them first, let imagefolder:DIR@SIDE crop and resize "
-            "them to squares, or take networks with a preprocessing of their own (add --pretrained)"
+            f"{self.sizes}: expected images of one size; resize them first, let imagefolder:DIR@SIDE (or hf:NAME@SIDE) "
+            "crop and resize them to squares, or take networks with a preprocessing of their own (add --pretrained)"
         )
 
     def read(self, preprocessing: Preprocessing | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Folders of images, one folder per class: checked before any is decoded."""
+"""Folders of images, one folder per class, and tables of them: checked before any is decoded."""
 
 import logging
 from collections.abc import Sequence
@@ -13,6 +13,8 @@ from fastsitch.data.file_formats import padding
 from fastsitch.data.folder_splits import FolderSplit, find_splits
 from fastsitch.data.image_files import ImageFiles, files_hash
 from fastsitch.data.picture_modes import as_rgb, has_alpha, opened, require_known_pixels, upright_size
+from fastsitch.data.table_rows import ImageFile, Row
+from fastsitch.data.table_splits import find_rows
 from fastsitch.identity import stable_hash
 
 log = logging.getLogger(__name__)
@@ -68,13 +70,12 @@ class ImageFolder:
         :func:`find_splits`), too few images for the subset, and images that cannot be opened, have pixels of another
         kind than 8 or 16 bits or, without a side, more than one size.
         """
-        assert name.path is not None
-        train, test, classes = find_splits(name.path, name.holdout)
+        train, test, classes = _splits(name)
         train, test = (
             split.some(which, name.subset, len(classes), str(name))
             for which, split in (("train", train), ("test", test))
         )
-        facts = FolderFacts(name.path, data_dir)
+        facts = FolderFacts(Path(name.source), data_dir)
         size, sizes = _common_size([*train.files, *test.files], name, facts)
         facts.save()
         return cls(name, train, test, classes, size, sizes, facts)
@@ -94,20 +95,20 @@ class ImageFolder:
 
     def hash(self) -> str:
         """sha256 over the names, labels and bytes of all files; they are read where they have changed since."""
-        assert self.name.path is not None
         assert self.facts is not None
         files = [*self.train.files, *self.test.files]
         digests = self.facts.digests(files, look_at)
         self.facts.save()
-        names = [file.relative_to(self.name.path).as_posix() for file in files]
+        folder = self.name.source
+        names = [file.name if isinstance(file, Row) else file.relative_to(folder).as_posix() for file in files]
         return files_hash(names, [*self.train.labels, *self.test.labels], digests)
 
-    def _picture(self, file: Path) -> Image.Image:
+    def _picture(self, file: ImageFile) -> Image.Image:
         """Upright and in three channels."""
         with opened(file) as picture:
             return as_rgb(picture, self.name.background)
 
-    def _in_one_size(self, file: Path) -> Image.Image:
+    def _in_one_size(self, file: ImageFile) -> Image.Image:
         picture = self._picture(file)
         side = self.name.side
         if side is not None:
@@ -118,7 +119,14 @@ class ImageFolder:
         return ImageOps.expand(picture, pad) if pad else picture
 
 
-def look_at(file: Path) -> FileFacts:
+def _splits(name: DatasetName) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
+    if name.kind == "hf":
+        return find_rows(name)
+    assert name.path is not None
+    return find_splits(name.path, name.holdout)
+
+
+def look_at(file: ImageFile) -> FileFacts:
     """The facts of an image file from its head; raises DataError, naming it, where it is none that can be read."""
     with opened(file) as picture:
         width, height = upright_size(picture)
@@ -128,12 +136,14 @@ def look_at(file: Path) -> FileFacts:
         return FileFacts(height, width, transparent, bool(getattr(picture, "is_animated", False)))
 
 
-def _common_size(files: Sequence[Path], name: DatasetName, facts: FolderFacts) -> tuple[tuple[int, int] | None, str]:
+def _common_size(
+    files: Sequence[ImageFile], name: DatasetName, facts: FolderFacts
+) -> tuple[tuple[int, int] | None, str]:
     """Height and width of all images, or None and a line on two that differ."""
     sizes = ""
-    first: tuple[Path, FileFacts] | None = None
-    transparent: list[Path] = []
-    moving: list[Path] = []
+    first: tuple[ImageFile, FileFacts] | None = None
+    transparent: list[ImageFile] = []
+    moving: list[ImageFile] = []
     for file in files:
         seen = facts.of(file, look_at)
         if seen.transparent:
