@@ -10,6 +10,9 @@ from fastsitch.errors import ConfigError
 
 _COUNTED_PIXELS = 1 << 24
 
+_CACHED_VALUES = 1 << 17
+"""Of fp32, half a megabyte."""
+
 
 @dataclass(frozen=True)
 class Normalisation:
@@ -35,11 +38,20 @@ class Normalisation:
 
     def apply(self, images_NHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         """uint8 (N, H, W, C) -> normalised (N, C, H, W) in channels-last memory, on the images' device."""
-        x = images_NHWC.permute(0, 3, 1, 2).to(torch.float32, copy=True)
-        mean = torch.tensor(self.mean, device=x.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(1, -1, 1, 1)
-        # in place: three times less memory to fill than (x / 255 - mean) / std, with the same result
-        return x.div_(255).sub_(mean).div_(std).to(dtype)
+        n, height, width, channels = images_NHWC.shape
+        device = images_NHWC.device
+        # rows as one long vector: three channels are too short for the processor's vectors
+        mean, std = (torch.tensor(each, device=device).repeat(width) for each in (self.mean, self.std))
+        rows = images_NHWC.reshape(n, height, width * channels)
+        out = torch.empty(rows.shape, dtype=dtype, device=device)
+        # on a processor so much at a time that it stays in its cache
+        step = max(1, n if device.type == "cuda" else _CACHED_VALUES // (height * width * channels))
+        for part, into in zip(torch.split(rows, step), torch.split(out, step), strict=True):
+            values = into if dtype == torch.float32 else torch.empty_like(into, dtype=torch.float32)
+            values.copy_(part).div_(255).sub_(mean).div_(std)
+            if values is not into:
+                into.copy_(values)
+        return out.view(n, height, width, channels).permute(0, 3, 1, 2)
 
     def invert(self, x_NCHW: Tensor) -> Tensor:
         """Pixels (N, H, W, C) of normalised images, 0 black and 1 white; not clamped, in the dtype of x."""
