@@ -23,14 +23,18 @@ class NetworkInput:
 
     weights_hash: str
     width: int
-    accuracy: float = field(compare=False)
-    """On the test images; NaN, not in files, where it has no classifier. It follows from the others."""
+    accuracy: float
+    """On the test images; NaN, and not in files, where it has no classifier."""
     positions: tuple[tuple[str, Shape], ...]
     """Name and shape of every position: (C, H, W) for maps."""
     transform: dict[str, Any] | None = None
     """Mean, std, resolution and preprocessing of its inputs, where they are not those of the data set."""
     weights: dict[str, str] | None = None
     """Of a pretrained network: name, file, revision, sha256 and licence of its weights."""
+
+    def __eq__(self, other: object) -> bool:
+        # an accuracy that there is not equals another one
+        return isinstance(other, NetworkInput) and self.to_dict() == other.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without what only some networks have as it was before there were such."""
