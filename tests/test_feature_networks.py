@@ -74,6 +74,22 @@ class Several(nn.Module):
         return {"last_hidden_state": y.flatten(2).transpose(1, 2), "pooler_output": torch.tanh(y.amax((2, 3)))}
 
 
+def products():
+    return Products()
+
+
+class Products(nn.Module):
+    """A classifier whose last layer is none that torch knows."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 8, 8)
+        self.weight = nn.Parameter(torch.randn(64, 10))
+
+    def forward(self, x):
+        return self.stem(x).flatten(1) @ self.weight
+
+
 def nothing():
     return Nothing()
 
@@ -317,6 +333,20 @@ def test_weights_of_a_file_without_their_head(some: str, tmp_path: Path) -> None
         x = record.transform.apply(load_dataset(some, tmp_path).test.images)
         chain = saved(tmp_path, some).chain
         assert torch.equal(chain(x), chain.head[1](model.eval()(x)))  # type: ignore[index,operator]
+
+
+def test_a_classifier_that_is_not_found_is_taken_for_features(
+    nets: Path, few: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    definition, _ = fastsitch.add("net", f"{nets}:products", head="probe", dataset=few, root=tmp_path)
+    assert definition.features is not None
+    assert (definition.features.width, definition.features.left_out) == (10, ())
+    assert "no layer with 10 outputs was found that runs last: all that it gives is taken for features" in caplog.text
+    caplog.clear()
+    definition, _ = fastsitch.add("other", f"{nets}:classifier", head="probe", dataset=few, root=tmp_path)
+    assert definition.features is not None
+    assert (definition.features.width, definition.features.left_out) == (20, ("5",))
+    assert "was found" not in caplog.text
 
 
 def test_what_cannot_be_added_is_refused(nets: Path, few: str, tmp_path: Path) -> None:

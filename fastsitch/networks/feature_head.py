@@ -1,6 +1,7 @@
 """How a network ends that gives features instead of one output per class: bare, or in a linear probe on them."""
 
 import copy
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,8 @@ from fastsitch.errors import NetworkError, argument
 from fastsitch.identity import torch_generator
 from fastsitch.networks.head_layers import head_layers
 from fastsitch.vocabulary import HeadChoice
+
+log = logging.getLogger(__name__)
 
 _POOLED: dict[int, tuple[int, ...]] = {2: (), 3: (1,), 4: (2, 3)}
 """By the dimensions of what a network gives, those over which the mean is taken: none of (B, D), the tokens of
@@ -148,6 +151,10 @@ def find_end(
     if not (isinstance(found, Tensor) and found.dim() in _POOLED and found.is_floating_point()):
         raise NetworkError(f"{what}: expected logits (B, classes), or features (B, D), (B, N, D) or (B, D, H, W)")
     shape = tuple(found.shape)
+    if chosen and outputs and not left_out and shape == (2, outputs):
+        log.warning(
+            "no layer with %d outputs was found that runs last: all that it gives is taken for features", outputs
+        )
     if not chosen:
         if shape == (2, classes):
             return key, None
