@@ -107,8 +107,9 @@ def add(
         str,
         typer.Option(
             "--from",
-            help="torchvision:NAME, timm:NAME, or FILE.py:FACTORY, whose code is then run; with --pretrained also "
-            "torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION] and timm:local-dir:PATH.",
+            help="torchvision:NAME, timm:NAME, hf:TYPE, or FILE.py:FACTORY, whose code is then run; with --pretrained "
+            "also torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION], timm:local-dir:PATH, "
+            "hf:ORG/MODEL[@REVISION] and hf:PATH.",
             rich_help_panel=DATA,
         ),
     ],
@@ -278,6 +279,14 @@ def precompute(
     test_images: TestImagesOption = None,
     dtype: Annotated[StoredDtype, typer.Option(help="How numbers are stored.", rich_help_panel=FILES)] = "bf16",
     compress: Annotated[Compression, typer.Option(help="How stores are compressed.", rich_help_panel=FILES)] = "none",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Store only these positions: names or patterns, 'stem,layer*.0'.",
+            show_default="all",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace stores that are stale or damaged.", rich_help_panel=FILES)
     ] = False,
@@ -288,7 +297,7 @@ def precompute(
     activations: ActivationsOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run each network once and store its representations at every position."""
+    """Run each network once and store its representations."""
     import fastsitch
     from fastsitch.data.dataset_name import with_options
 
@@ -301,6 +310,7 @@ def precompute(
             dataset=named,
             dtype=dtype,
             compress=compress,
+            positions=positions,
             force=force,
             root=root,
             data_dir=data_dir,
@@ -310,9 +320,9 @@ def precompute(
             report=display.report,
         )
     for store in stores:
-        typer.echo(
-            f"{store.identity.network}: {counted(len(store.positions), 'position')}, {size(store.bytes)}: {store.path}"
-        )
+        stored, count = len(store.positions), store.position_count
+        positions_text = counted(stored, "position") if stored == count else f"{stored} of {count} positions"
+        typer.echo(f"{store.identity.network}: {positions_text}, {size(store.bytes)}: {store.path}")
 
 
 def _result(record: "NetworkRecord") -> str:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from fastsitch.chains.position import Position
     from fastsitch.cluster.cluster import Cluster
     from fastsitch.data import Dataset, Normalisation, Split, Transform
+    from fastsitch.data.python_dataset import dataset_from
     from fastsitch.errors import FastsitchError
     from fastsitch.execution.stitch_pair import StitchedPair, stitch
     from fastsitch.kernels.reference import conv_weight
@@ -55,6 +56,7 @@ _HOMES = {
     "chains.position": ("Position",),
     "cluster.cluster": ("Cluster",),
     "data": ("Dataset", "Normalisation", "Split", "Transform"),
+    "data.python_dataset": ("dataset_from",),
     "errors": ("FastsitchError",),
     "execution.stitch_pair": ("StitchedPair", "stitch"),
     "kernels.reference": ("conv_weight",),
@@ -93,6 +95,7 @@ __all__ = [
     "compare_run",
     "configure_sweep",
     "conv_weight",
+    "dataset_from",
     "estimate",
     "estimate_paper",
     "export_run",

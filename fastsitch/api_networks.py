@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from fastsitch.networks.train_network import NetworkTrainer, network_recipe
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
 from fastsitch.runs.inventory import chosen_dataset
+from fastsitch.runs.sweep_config import position_patterns
 from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype, require_whole
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,8 @@ def load_dataset(
 
     Args:
         name: ``fashion-mini`` (embedded), ``fashion-mnist``, ``cifar10``, ``cifar100``, one of these with ``:N`` for
-            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE`` or ``npz:FILE``; any of them
+            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE``, ``npz:FILE``,
+            ``hf:ORG/NAME:CONFIG`` of the Hugging Face hub or ``hf:/DIR`` with parquet files; any of them
             with ``@train=N`` or ``@test=N`` behind it for a class-balanced subset.
         data_dir: folder with the files of named data sets; None: ``data`` in the root.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
@@ -216,6 +219,7 @@ def precompute(
     dataset: str | None = None,
     dtype: StoredDtype = "bf16",
     compress: Compression = "none",
+    positions: Sequence[str] | str | None = None,
     force: bool = False,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
@@ -224,13 +228,15 @@ def precompute(
     ray: str | Cluster | None = None,
     report: Report = ignore,
 ) -> list[ActivationStore]:
-    """Run networks once over a data set and store every representation; stores that are up to date are left alone.
+    """Run networks once over a data set and store their representations; stores that are up to date are left alone.
 
     Args:
         networks: trained networks, or controls such as ``R1111-random@0``.
         dataset: None: the one data set in the root that has the networks; ``@train=N@test=N`` alone: a subset of it.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         compress: ``none`` or ``zstd``.
+        positions: names or patterns such as ``layer*.0``; None: all. A store that lacks some is made again with those
+            that it had and them.
         force: replace stores that are stale or damaged.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
         data_dir: folder with the files of data sets; None: ``data`` in the root.
@@ -249,9 +255,10 @@ def precompute(
     """
     folders = Root.at(root, data_dir, activations)
     names = _named(networks)
+    patterns = position_patterns(positions)
     data = chosen_dataset(folders, dataset, [str(name) for name in names])
     _require_trained(folders, data, names)
-    make = partial(StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force)
+    make = partial(StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force, positions=patterns)
     stores = []
     for name, (store, made) in _each(ray, folders, make, names, device, "the store of {}", report):
         log.info("the store of %s is %s: %s", name, "made" if made else "up to date", store.path)
@@ -332,8 +339,9 @@ def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) ->
     """One number or three of each, of pixels in [0, 1]; raises ConfigError."""
     if mean is None and std is None:
         return None
-    means, stds = (tuple(given or ()) * (3 if given is not None and len(given) == 1 else 1) for given in (mean, std))
-    fits = len(means) == len(stds) == 3
+    given = [tuple(values or ()) for values in (mean, std)]
+    means, stds = (values * (3 if len(values) == 1 else 1) for values in given)
+    fits = len(means) == len(stds) == 3 and all(isinstance(value, Real) for value in (*means, *stds))
     if not fits or not all(0 <= value <= 1 for value in means) or not all(_SMALLEST_STD <= x <= 1 for x in stds):
         raise ConfigError(
             f"{argument('mean', _joined(mean))} {argument('std', _joined(std))}: expected both, one number or three, "
@@ -343,7 +351,11 @@ def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) ->
 
 
 def _joined(values: Sequence[float] | None) -> str | None:
-    return None if values is None else ",".join(f"{value:g}" for value in values)
+    return (
+        None
+        if values is None
+        else ",".join(f"{value:g}" if isinstance(value, Real) else str(value) for value in values)
+    )
 
 
 def _each(

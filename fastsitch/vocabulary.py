@@ -3,7 +3,7 @@
 The command line shows and checks them before anything heavier is loaded: nothing but the standard library is imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -143,4 +143,6 @@ def separated(values: Sequence[str] | str) -> list[str]:
     """A text as the parts between its commas, a list as it is: ``"a, b"`` and ``["a", "b"]`` are the same."""
     if isinstance(values, str):
         return [part.strip() for part in values.split(",") if part.strip()]
+    if not isinstance(values, Iterable):
+        raise ConfigError(f"{values!r}: expected a text with commas, or a list")
     return list(values)

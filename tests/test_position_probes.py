@@ -30,6 +30,9 @@ def test_a_probe_sees_the_mean_of_each_representation(some: str, tmp_path: Path)
     fastsitch.add("vit", "timm:test_vit", head="probe", dataset=some, root=tmp_path)
     live = fastsitch.probe("R1111", "vit", dataset=some, root=tmp_path)
     assert [network.store for network in live] == ["", ""]
+    fastsitch.precompute("R1111", dataset=some, positions="layer1.0", root=tmp_path)
+    # a store without some of the positions does not do
+    assert fastsitch.probe("R1111", dataset=some, root=tmp_path) == live[:1]
     fastsitch.precompute("R1111", "vit", dataset=some, root=tmp_path)
     steps = []
     stored = fastsitch.probe("R1111", "vit", dataset=some, root=tmp_path, report=steps.append)

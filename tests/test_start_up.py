@@ -11,7 +11,20 @@ import fastsitch
 from fastsitch.cli.main import app
 from tests.conftest import cli_environment
 
-HEAVY = ("torch", "torchvision", "triton", "numpy", "zarr", "zarrs", "matplotlib", "ray", "timm", "safetensors")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "zarr",
+    "zarrs",
+    "matplotlib",
+    "ray",
+    "timm",
+    "transformers",
+    "datasets",
+    "safetensors",
+)
 
 COMMANDS = [command.name or "" for command in app.registered_commands]
 

@@ -42,9 +42,9 @@ def test_a_head_of_another_size_is_refused_or_new(case: str, tmp_path: Path) -> 
     weights, faults, keep = HEADS[case]
     path = tmp_path / "c.pt"
     torch.save({"state_dict": prefixed("encoder.", weights)}, path)
-    advice = f"{faults}; give head='new' to leave the head untrained, head='probe' to fit one{keep}$"
+    remedy = f"{faults}; give head='new' to leave the head untrained, head='probe' to fit one{keep}$"
     with pytest.raises(
-        NetworkError, match=rf"\(under state_dict\.encoder\) fits the network but for its head: {advice}"
+        NetworkError, match=rf"\(under state_dict\.encoder\) fits the network but for its head: {remedy}"
     ):
         loaded(path)
     torch.manual_seed(8)

@@ -87,7 +87,12 @@ class PositionProber:
         self._networks = Networks(root, self._dataset)
         # features are of the numbers that a store has, whether there is one or not
         self._representations = Representations(
-            root, self._dataset, self._networks.load, source="streamed", dtype=torch.float32, device=self._device
+            root,
+            self._dataset,
+            self._networks.load,
+            source=lambda name: "streamed",
+            dtype=torch.float32,
+            device=self._device,
         )
 
     @torch.no_grad()

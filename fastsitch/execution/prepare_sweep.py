@@ -54,9 +54,10 @@ class Preparation:
         """The run at ``path``, if there is one, of which the stores that are there can be used."""
         config = self._config
         run = self._existing_run(path)
-        source = "live" if config.augments else config.source if run is None else run.resolved.source
-        if source != "live":
-            self._check_stores()
+        for name in config.stored_networks(config.units):
+            asked = "live" if config.augments else config.source
+            if (asked if run is None else run.resolved.source_of(name)) != "live":
+                self._check_store(name)
         return run
 
     def begin(self, path: Path) -> Workbench:
@@ -108,14 +109,13 @@ class Preparation:
                 positions = sorted({cell.j for unit in units for cell in self._plan.cells(unit)})
                 require_gradients(self._networks.load(name).chain, positions, str(name))
 
-    def _check_stores(self) -> None:
+    def _check_store(self, name: NetworkName) -> None:
         """Refuse a store that is stale, damaged or of other samples before any work begins, not when its turn comes."""
-        for name in self._config.stored_networks(self._config.units):
-            path = self._root.store(self._config.dataset, name)
-            if path.exists():
-                network = self._networks.load(name)
-                identity = store_identity(self._dataset, network, dtype="bf16", compress="none", device=self._device)
-                open_fitting(path, identity, self._dataset, content_only=True)
+        path = self._root.store(self._config.dataset, name)
+        if path.exists():
+            network = self._networks.load(name)
+            identity = store_identity(self._dataset, network, dtype="bf16", compress="none", device=self._device)
+            open_fitting(path, identity, self._dataset, content_only=True)
 
 
 def require_networks(root: Root, config: SweepConfig) -> None:
@@ -137,4 +137,5 @@ def _describe(resolved: Resolved) -> str:
     return (
         f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, compile {resolved.compile}, "
         f"groups of up to {resolved.group_size} cells, {resolved.source} representations"
+        + "".join(f", of {name} {source}" for name, source in resolved.sources.items())
     )

@@ -119,6 +119,7 @@ def stitch(
     require_choice("loss", loss, Loss)
     if group_size is not None:
         require_whole("group_size", group_size)
+    require_whole("seed", seed, 0)
     chosen = stitch_recipe(recipe, epochs=epochs, lr=lr, batch_size=batch_size)
     torch_device = resolve_device(device)
     configure(torch_device)

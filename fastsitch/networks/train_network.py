@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.data import Dataset, Normalisation, Split, Transform, Views, load_dataset
+from fastsitch.data import Dataset, ImageFiles, Normalisation, Split, Transform, Views, load_dataset
 from fastsitch.errors import ConfigError, FailedError, NetworkError, argument
 from fastsitch.files import exclusive, require_regular
 from fastsitch.identity import tensors_hash, torch_generator
@@ -264,6 +264,8 @@ def fit_network(
     for _ in range(recipe.epochs):
         permutation = torch.randperm(len(train), generator=order).to(device)
         loss_sum.zero_()
+        if isinstance(train.images, ImageFiles):
+            train.images[permutation].announce()
         for start in range(0, steps_per_epoch * recipe.batch_size, recipe.batch_size):
             index = permutation[start : start + recipe.batch_size]
             views = Views.draw(len(index), image_height, image_width, generator) if recipe.augment else None

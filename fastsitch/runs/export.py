@@ -88,7 +88,7 @@ def _sidecar(run: Run, sender: str, receiver: str, setting: Setting) -> dict[str
         "seeds": list(config.seeds),
         "recipe": asdict(config.recipe),
         "order": {"block": config.block, "window": config.window},
-        "resolved": asdict(run.resolved),
+        "resolved": run.resolved.to_dict(),
         "versions": run.versions,
         **({"continued": list(run.record.continued)} if run.record.continued else {}),
     }

@@ -78,6 +78,17 @@ class Resolved:
     compile: Compile
     group_size: int
     source: SourceName
+    sources: dict[str, SourceName] = field(default_factory=dict)
+    """By network, where another one was better."""
+
+    def source_of(self, network: NetworkName) -> SourceName:
+        """Where the representations of a network come from."""
+        return self.sources.get(str(network), self.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; as it was when all networks had one source."""
+        content = asdict(self)
+        return content if self.sources else {key: content[key] for key in content if key != "sources"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +111,7 @@ class RunRecord:
         content = {
             "format": FORMAT,
             "config": self.config.to_dict(),
-            "resolved": asdict(self.resolved),
+            "resolved": self.resolved.to_dict(),
             "networks": {str(name): network.to_dict() for name, network in self.networks.items()},
             "data_hash": self.data_hash,
             "versions": self.versions,

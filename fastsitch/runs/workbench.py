@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -90,16 +91,21 @@ class Networks:
 class Workbench:
     """What training, measuring and generating images need of a run.
 
-    ``source`` is where representations come from, if not from the one that is frozen into the run.
+    ``source`` says where the representations of a network come from, if not from what is frozen into the run.
     """
 
     def __init__(
-        self, root: Root, run: Run, networks: Networks, device: torch.device, source: SourceName | None = None
+        self,
+        root: Root,
+        run: Run,
+        networks: Networks,
+        device: torch.device,
+        source: Callable[[NetworkName], SourceName] | None = None,
     ) -> None:
         self.root = root
         self.run = run
         self.networks = networks
-        self.source = source or run.resolved.source
+        self.source = source or run.resolved.source_of
         self.dataset = networks.dataset
         self.device = device
         self.dtype = DTYPES[run.resolved.precision]
@@ -108,13 +114,16 @@ class Workbench:
             self.dataset,
             networks.load,
             source=self.source,
+            chosen=run.plan.chosen,
             dtype=self.dtype,
             device=device,
         )
         self._receivers: dict[NetworkName, Receiver] = {}
 
     @classmethod
-    def open(cls, root: Root, run: Run, device: torch.device, source: SourceName | None = None) -> "Workbench":
+    def open(
+        cls, root: Root, run: Run, device: torch.device, source: Callable[[NetworkName], SourceName] | None = None
+    ) -> "Workbench":
         """Load the run's data set; raises DataError, or RunError where it is not the one that the run began with."""
         dataset = load_dataset(run.config.dataset, root.data_dir)
         require_same_data(run, dataset.hash)
