@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -265,16 +266,8 @@ def test_a_receiver_with_a_probe(fashion: Dataset, run_cli: Command, tmp_path: P
 
 def test_published_weights_without_classifier(some: str, tmp_path: Path) -> None:
     """As DINOv2 is published: num_classes 0."""
-    torch.manual_seed(3)
-    folder = tmp_path / "dino"
-    folder.mkdir()
-    model = timm.create_model("test_vit", num_classes=0, img_size=32)
-    save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    published = {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "bicubic", "num_classes": 0}
-    published |= {"mean": [0.5] * 3, "std": [0.5] * 3, "first_conv": "patch_embed.proj", "classifier": "head"}
-    config = {"architecture": "test_vit", "model_args": {"img_size": 32}, "pretrained_cfg": published}
-    (folder / "config.json").write_text(json.dumps({**config, "num_classes": 0}))
-    source, options = f"timm:local-dir:{folder}", {"dataset": some, "root": tmp_path}
+    source, options = tower(tmp_path / "dino", 0), {"dataset": some, "root": tmp_path}
+    model = weights_in(tmp_path / "dino", 0)
     definition, record = fastsitch.add("bare", source, pretrained=True, **options)  # type: ignore[arg-type]
     assert record is not None
     assert record.accuracy is None
@@ -282,7 +275,7 @@ def test_published_weights_without_classifier(some: str, tmp_path: Path) -> None
     images = load_dataset(some, tmp_path)
     with torch.no_grad():
         x = record.transform.apply(images.test.images)
-        assert torch.equal(saved(tmp_path, some, "bare").chain(x), model.eval()(x))
+        assert torch.equal(saved(tmp_path, some, "bare").chain(x), model(x))
     definition, record = fastsitch.add("net", source, pretrained=True, head="probe", **options)  # type: ignore[arg-type]
     assert record is not None
     assert record.accuracy is not None
@@ -294,18 +287,46 @@ def test_published_weights_without_classifier(some: str, tmp_path: Path) -> None
         assert torch.equal(chain(x), probe(model(x)))
 
 
-def test_a_published_classifier_is_replaced(some: str, tmp_path: Path) -> None:
-    """Classes of others, or the projection of CLIP, whose tower counts 512 numbers as its classes."""
+def test_photos_of_several_sizes(fashion: Dataset, tmp_path: Path) -> None:
+    """Files that are decoded as they are needed: the probe, and probes at all positions."""
+    folder, count = tmp_path / "photos", {"train": 60, "test": 20}
+    for split in ("train", "test"):
+        images = getattr(fashion, split)
+        for k in range(count[split]):
+            path = folder / split / f"class{images.labels[k] // 5}" / f"{k}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images.images[k].numpy()).resize((40 + k % 7, 48)).save(path)
+    dataset, source = f"imagefolder:{folder}", tower(tmp_path / "dino", 0)
+    _, record = fastsitch.add("net", source, pretrained=True, head="probe", dataset=dataset, root=tmp_path)
+    assert record is not None
+    assert record.recipe["probe"]["images"] == 60
+    (probes,) = fastsitch.probe("net", dataset=dataset, root=tmp_path)
+    assert probes.accuracy == record.accuracy
+    assert max(each.train_accuracy for each in probes.positions) > 0.5
+
+
+def tower(folder: Path, classes: int) -> str:
+    """A small transformer as timm publishes one; its weights are drawn."""
     torch.manual_seed(3)
-    folder = tmp_path / "clip"
     folder.mkdir()
-    model = timm.create_model("test_vit", num_classes=24, img_size=32)
+    model = timm.create_model("test_vit", num_classes=classes, img_size=32)
     save_file(model.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
-    published = {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "bicubic", "num_classes": 24}
+    published = {"input_size": [3, 32, 32], "crop_pct": 1.0, "interpolation": "bicubic", "num_classes": classes}
     published |= {"mean": [0.5] * 3, "std": [0.5] * 3, "first_conv": "patch_embed.proj", "classifier": "head"}
     config = {"architecture": "test_vit", "model_args": {"img_size": 32}, "pretrained_cfg": published}
-    (folder / "config.json").write_text(json.dumps({**config, "num_classes": 24}))
-    source = f"timm:local-dir:{folder}"
+    (folder / "config.json").write_text(json.dumps({**config, "num_classes": classes}))
+    return f"timm:local-dir:{folder}"
+
+
+def weights_in(folder: Path, classes: int) -> nn.Module:
+    model: nn.Module = timm.create_model("test_vit", num_classes=classes, img_size=32)
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return model.eval()
+
+
+def test_a_published_classifier_is_replaced(some: str, tmp_path: Path) -> None:
+    """Classes of others, or the projection of CLIP, whose tower counts 512 numbers as its classes."""
+    source, model = tower(tmp_path / "clip", 24), weights_in(tmp_path / "clip", 24)
     with pytest.raises(NetworkError, match=r"24 outputs and .* 10 classes.* or take a linear probe: head='probe'"):
         fastsitch.add("net", source, pretrained=True, dataset=some, root=tmp_path)
     _, record = fastsitch.add("net", source, pretrained=True, head="probe", dataset=some, root=tmp_path)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.chains.chain import Chain
-from fastsitch.data import Split, Transform
+from fastsitch.data import ImageFiles, Split, Transform
 from fastsitch.errors import NetworkError
 from fastsitch.networks.feature_head import ProbedNetwork, features_and_probe
 from fastsitch.networks.linear_probe import LinearProbe, fit_probes
@@ -40,12 +40,13 @@ def fit_probe(module: ProbedNetwork, chain: Chain, split: Split, transform: Tran
 @torch.no_grad()
 def network_features(features: nn.Module, split: Split, transform: Transform) -> Tensor:
     """The features (N, D) of all images of a split, in fp32."""
+    if isinstance(split.images, ImageFiles):
+        split.images.announce()
     starts = range(0, len(split), _IMAGES)
     return torch.cat([features(transform.apply(split.images[start : start + _IMAGES])).float() for start in starts])
 
 
 def require_finite_features(features: nn.Module, split: Split, transform: Transform, what: str) -> None:
     """Raise NetworkError, which begins with ``what``, where a network's features of the first images are not finite."""
-    few = Split(split.images[:_IMAGES], split.labels[:_IMAGES])
-    if not network_features(features, few, transform).isfinite().all():
+    if not network_features(features, split[:_IMAGES], transform).isfinite().all():
         raise NetworkError(f"{what}: its features are not finite; expected usable weights")
