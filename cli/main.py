@@ -19,6 +19,7 @@ from fastsitch.cli.list_command import list_root
 from fastsitch.cli.network_commands import add, precompute, train
 from fastsitch.cli.options import GroupedCommand, with_addresses
 from fastsitch.cli.paper_command import paper
+from fastsitch.cli.probe_command import probe
 from fastsitch.cli.result_commands import compare, export, images, plot, tables
 from fastsitch.cli.sweep_command import sweep
 from fastsitch.errors import FastsitchError
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 _GROUPS = {
     "Start": (demo,),
-    "Networks and data": (train, add, precompute),
+    "Networks and data": (train, add, precompute, probe),
     "Stitches": (sweep, paper),
     "Results": (export, plot, tables, images, compare),
     "This machine": (bench, list_root, doctor),

@@ -1,6 +1,6 @@
 """The commands that make networks and their stores: train, add, precompute."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,9 @@ from fastsitch.cli.progress_display import ProgressDisplay
 from fastsitch.cli.text_formats import counted, size, table
 from fastsitch.errors import ConfigError, argument
 from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype
+
+if TYPE_CHECKING:
+    from fastsitch.networks.checkpoint import NetworkRecord
 
 
 def train(
@@ -147,7 +150,8 @@ def add(
     head: Annotated[
         HeadChoice | None,
         typer.Option(
-            help="new: leave the last layer untrained, where that of the weights has another size.",
+            help="In the place of its last layer: new: the same, untrained; probe: a linear probe on its features, "
+            "fitted to the data set; none: nothing, for a sender alone.",
             show_default="that of the weights",
             rich_help_panel=DATA,
         ),
@@ -263,7 +267,7 @@ def add(
     if record is None:
         typer.echo(f"no weights yet; train it with\n  {command('train', name, dataset=dataset, root=root)}")
     else:
-        typer.echo(f"test accuracy {record.accuracy:.4f} ({record.recipe['name']})")
+        typer.echo(_result(record))
 
 
 def precompute(
@@ -319,6 +323,20 @@ def precompute(
         stored, count = len(store.positions), store.position_count
         positions_text = counted(stored, "position") if stored == count else f"{stored} of {count} positions"
         typer.echo(f"{store.identity.network}: {positions_text}, {size(store.bytes)}: {store.path}")
+
+
+def _result(record: "NetworkRecord") -> str:
+    """How good an added network is; one without classifier cannot say."""
+    if record.accuracy is None:
+        return "no classifier: a sender only"
+    text = f"test accuracy {record.accuracy:.4f} ({record.recipe['name']})"
+    probe = record.recipe.get("probe")
+    if probe is None:
+        return text
+    return (
+        f"{text}, by a linear probe: strength {probe['strength']:g}, {probe['train_accuracy']:.4f} on "
+        f"{counted(probe['images'], 'training image')}"
+    )
 
 
 def _layouts(texts: list[str]) -> dict[str, str]:

@@ -22,9 +22,10 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from fastsitch.analysis.compare_published import compare_run
+    from fastsitch.analysis.probe_positions import NetworkProbes, PositionProbe
     from fastsitch.analysis.stitch_error_files import read_errors
     from fastsitch.analysis.stitch_errors import StitchErrors
-    from fastsitch.api_networks import add, load_dataset, precompute, train
+    from fastsitch.api_networks import add, load_dataset, precompute, probe, train
     from fastsitch.api_runs import bench, configure_sweep, estimate, images, measure_errors, open_run, sweep
     from fastsitch.chains.chain import Chain
     from fastsitch.chains.layout import Layout
@@ -45,9 +46,10 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.compare_published": ("compare_run",),
+    "analysis.probe_positions": ("NetworkProbes", "PositionProbe"),
     "analysis.stitch_error_files": ("read_errors",),
     "analysis.stitch_errors": ("StitchErrors",),
-    "api_networks": ("add", "load_dataset", "precompute", "train"),
+    "api_networks": ("add", "load_dataset", "precompute", "probe", "train"),
     "api_runs": ("bench", "configure_sweep", "estimate", "images", "measure_errors", "open_run", "sweep"),
     "chains.chain": ("Chain",),
     "chains.layout": ("Layout",),
@@ -77,8 +79,10 @@ __all__ = [
     "Dataset",
     "FastsitchError",
     "Layout",
+    "NetworkProbes",
     "Normalisation",
     "Position",
+    "PositionProbe",
     "Progress",
     "Run",
     "Split",
@@ -103,6 +107,7 @@ __all__ = [
     "plot_figures",
     "plot_run",
     "precompute",
+    "probe",
     "read_errors",
     "stitch",
     "sweep",

@@ -10,14 +10,15 @@ from typing import Any
 
 from fastsitch.activations.precompute import StoreMaker
 from fastsitch.activations.store import ActivationStore
+from fastsitch.analysis.probe_positions import NetworkProbes, PositionProber
 from fastsitch.chains.layout import Layout, parse_layout
 from fastsitch.cluster.cluster import Cluster, connected
 from fastsitch.cluster.worker import Task
 from fastsitch.data import Dataset, Normalisation, canonical_dataset
 from fastsitch.data import load_dataset as read_dataset
 from fastsitch.errors import ConfigError, NetworkError, argument
-from fastsitch.files import expanded
-from fastsitch.machine import configure, resolve_device
+from fastsitch.files import expanded, require_regular, write_json
+from fastsitch.machine import configure, resolve_device, versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.add_network import NewNetwork, add_network
 from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record
@@ -165,7 +166,8 @@ def add(
         weights: safetensors, or a checkpoint with a state dict in it, of which nothing is executed; also the index of
             shards, or a folder with one of these; None: the network is to be trained.
         weights_key: which weights, where a checkpoint has several, such as ``state_dict_ema`` or ``teacher.backbone``.
-        head: ``new``: the last layer is untrained, where that of the weights has another size, or there is none.
+        head: what stands in the place of the last layer: ``new``: the same layer, untrained; ``probe``: a linear probe,
+            fitted to the network's features of the training images; ``none``: nothing, for a sender of features.
         positions: names or patterns; None: the outputs of blocks.
         layouts: by name of the position, where the one that is found is wrong, or none: a :class:`Layout`, or its text
             such as ``map``, ``tokens:14x14`` or, with a class token, ``tokens:1+14x14``.
@@ -252,9 +254,7 @@ def precompute(
         ConfigError: an option that cannot work.
     """
     folders = Root.at(root, data_dir, activations)
-    names = list(dict.fromkeys(NetworkName.parse(text) for text in networks))
-    if not names:
-        raise ConfigError("no network named: expected at least one, such as R1111")
+    names = _named(networks)
     patterns = position_patterns(positions)
     data = chosen_dataset(folders, dataset, [str(name) for name in names])
     _require_trained(folders, data, names)
@@ -264,6 +264,60 @@ def precompute(
         log.info("the store of %s is %s: %s", name, "made" if made else "up to date", store.path)
         stores.append(store)
     return stores
+
+
+def probe(
+    *networks: str,
+    dataset: str | None = None,
+    json: PathLike | None = None,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
+    device: str = "auto",
+    report: Report = ignore,
+) -> list[NetworkProbes]:
+    """Fit a linear probe at every position of networks: logistic regression on the mean over the map or the tokens.
+
+    Representations come from a network's store where there is one; else the network runs once over all images.
+
+    Args:
+        networks: trained networks, networks of features, or controls such as ``R1111-random@0``.
+        dataset: None: the one data set in the root that has the networks.
+        json: a file for the results; None: none is written.
+        root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
+        data_dir: folder with the files of data sets; None: ``data`` in the root.
+        activations: where stores lie instead of the root.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        report: gets the images done.
+
+    Returns:
+        The probes of each network.
+
+    Raises:
+        ConfigError: an option that cannot work.
+        NetworkError: a network was never trained, or its representations are not finite.
+        StoreError: a store is stale or damaged.
+    """
+    folders = Root.at(root, data_dir, activations)
+    names = _named(networks)
+    path = None if json is None else _file("json", json)
+    if path is not None:
+        require_regular(path)
+    data = chosen_dataset(folders, dataset, [str(name) for name in names])
+    _require_trained(folders, data, names)
+    prober = PositionProber(folders, data, device=device)
+    found = [prober(name, report) for name in names]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"networks": [each.to_dict() for each in found], "versions": versions()})
+    return found
+
+
+def _named(networks: Sequence[str]) -> list[NetworkName]:
+    names = list(dict.fromkeys(NetworkName.parse(text) for text in networks))
+    if not names:
+        raise ConfigError("no network named: expected at least one, such as R1111")
+    return names
 
 
 def _require_trained(root: Root, dataset: str, names: Sequence[NetworkName]) -> None:

@@ -36,8 +36,9 @@ views of the images that the authors' code really used."""
 NetworkRecipe = Literal["fast", "published"]
 """How networks are trained: on a one-cycle schedule, or by the study's recipe (40 epochs, 10 of warm-up)."""
 
-HeadChoice = Literal["new"]
-"""What the last layer of an added network gets in the place of what a weights file has: the weights its code draws."""
+HeadChoice = Literal["new", "probe", "none"]
+"""What an added network has in the place of its last layer: the same layer with the weights its code draws, a linear
+probe that is fitted to its features, or nothing, so that it gives features and can only be a sender."""
 
 Descent = Literal["cosine", "linear"]
 """How a learning rate falls to 0 after its warm-up."""

@@ -110,6 +110,7 @@ class Chain(nn.Module):
         positions: Sequence[str] | str | None = None,
         layouts: Mapping[str, Layout] | None = None,
         output: str | int | None = None,
+        logits: bool = True,
     ) -> "Chain":
         """Make a chain of any network that torch.fx or torch.export can trace; a Chain comes back as it is.
 
@@ -126,6 +127,7 @@ class Chain(nn.Module):
             layouts: by name of the position, where the one that was found is wrong.
             output: name or index of the logits, for a network that returns several tensors; None: ``logits``, then
                 ``out``, then the first tensor (B, classes).
+            logits: whether they are logits; False for features (B, D) of a network that is to be a sender.
 
         Returns:
             The chain, in eval mode.
@@ -136,13 +138,13 @@ class Chain(nn.Module):
         model = unwrapped(model)
         example_input = _as_weights(example_input, [model])
         if isinstance(model, Chain):
-            vet_chain(model, f"the {type(model).__name__}")
+            vet_chain(model, f"the {type(model).__name__}", logits=logits)
             return model
         if isinstance(positions, str):
             positions = separated(positions)
         chain = None if output is not None else _of_children(cls, model, example_input, positions, layouts)
         chain = chain or _traced(cls, model, example_input, positions, layouts, output)
-        vet_chain(chain, f"the {type(model).__name__}")
+        vet_chain(chain, f"the {type(model).__name__}", logits=logits)
         return chain.eval()
 
     @classmethod

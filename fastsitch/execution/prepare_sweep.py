@@ -12,6 +12,7 @@ from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import namesake, read_record
 from fastsitch.networks.find_network import models_folder, not_trained
 from fastsitch.networks.network_definition import require_defined
+from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import memory_budget
 from fastsitch.planning.resolve_auto import resolve
 from fastsitch.planning.source_rates import choose_measured
@@ -124,6 +125,7 @@ def require_networks(root: Root, config: SweepConfig) -> None:
         if name.random:
             # refuses controls that would be ambiguous
             namesake(models_folder(root, dataset, name), name)
+    require_receivers(root, dataset, config.receivers)
     trained = map(NetworkName.parse, (*config.senders, *config.receivers))
     names = sorted({name for name in trained if read_record(models_folder(root, dataset, name), name) is None})
     if names:

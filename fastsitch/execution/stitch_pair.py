@@ -174,7 +174,7 @@ def _require_fit(sender: Chain, receiver: FrozenNetwork, images: tuple[int, int,
     if logits.dim() != 2 or logits.shape[1] < dataset.classes:
         raise NetworkError(
             f"the receiver ends in {tuple(logits.shape[1:])} per image: expected logits (classes,) for the "
-            f"{dataset.classes} classes of {dataset.name}"
+            f"{dataset.classes} classes of {dataset.name}; put a linear layer on its features that was fitted to them"
         )
 
 

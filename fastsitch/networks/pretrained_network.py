@@ -34,6 +34,7 @@ class PretrainedNetwork:
     module: nn.Module
     """With its weights: fp32, CPU, eval."""
     classes: int
+    """0 where it has no classifier."""
     input_shape: Size
     normalisation: Normalisation
     preprocessing: Preprocessing
@@ -89,10 +90,6 @@ def _timm(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
     if file is not None:
         file.require()
     module = timm.create_model(name, pretrained=True, **arguments)
-    if not module.num_classes:
-        raise NetworkError(
-            f"timm:{name} has no classifier: expected a network with one; add it with a factory that ends in one"
-        )
     data = _data_configuration(module.pretrained_cfg)
     height, width = resolution or data["input_size"][1:]
     return PretrainedNetwork(

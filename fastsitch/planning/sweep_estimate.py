@@ -14,6 +14,7 @@ from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.network_shape import NetworkShape, network_shape
+from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import group_memory, matching_memory, memory_budget, statistics_bytes
 from fastsitch.planning.resolve_auto import resolve, step_kind
 from fastsitch.planning.source_choice import SourceChoice, SourceCosts, choose_source, source_costs
@@ -116,6 +117,7 @@ def estimate_sweep(
     dtype = DTYPES[resolve_precision(config.precision, torch_device)]
     data = data_size(root, config.dataset)
     config.require_one_batch(data.train)
+    require_receivers(root, config.dataset, config.receivers)
     networks = {name: network_shape(root, config.dataset, name, width=width, data=data) for name in config.networks}
     plan = SweepPlan(config, {name: network.positions for name, network in networks.items()})
     plan.require_stitches()

@@ -1,6 +1,7 @@
 """A run that is opened for work: its data set, its networks and their representations, on one device."""
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -67,7 +68,9 @@ class Networks:
         """What a run records; the accuracy of an untrained control is measured here, as is one on other images."""
         record, chain = self.load(name).record, self.load(name).chain
         accuracy = record.accuracy
-        if accuracy is None:
+        if record.definition is not None and not record.definition.can_receive:
+            accuracy = math.nan
+        elif accuracy is None:
             accuracy, _ = evaluate_network(chain.to(device), self.dataset.test.to(device), record.transform)
             chain.cpu()
             log.info("%s: accuracy %.4f on the test images of %s", name, accuracy, self.dataset.name)
