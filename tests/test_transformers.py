@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from timm.data import ImageNetInfo
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -43,6 +44,13 @@ SMALL: dict[str, dict[str, Any]] = {
         "image_size": 64,
         "patch_size": 16,
     },
+    "dinov2": {
+        "hidden_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "image_size": 64,
+        "patch_size": 16,
+    },
     "resnet": {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 2], "layer_type": "basic"},
     "convnext": {"hidden_sizes": [16, 32, 32, 32], "depths": [1, 1, 2, 1]},
     "swin": {
@@ -56,6 +64,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 PROCESSORS: dict[str, dict[str, Any]] = {
+    "dinov2": {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 72}, "crop_size": 64},
     "vit": {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}},
     "deit": {
         "image_processor_type": "DeiTImageProcessor",
@@ -169,12 +178,15 @@ def changed(name: str, **entries: Any) -> Any:
     return change
 
 
-def without_classifier(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
+def without(part: str, folder: Path) -> None:
     path = str(folder / "model.safetensors")
-    weights = {key: value for key, value in load_file(path).items() if "classifier" not in key}
+    weights = {key: value for key, value in load_file(path).items() if part not in key}
+    assert len(weights) == len(load_file(path)) - 2
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def without_a_layer(folder: Path) -> None:
+    without("layer.1.output.dense", folder)
 
 
 def pickled(folder: Path) -> None:
@@ -191,7 +203,10 @@ def pickled(folder: Path) -> None:
         (changed("config.json", model_type="bert"), r"is of the type bert: expected one with an image classifier"),
         (changed("config.json", model_type="no_such"), r"is of the type no_such: expected one with an image"),
         (changed("config.json", model_type="my", auto_map={"AutoConfig": "code.My"}), r"is of the type my: expected"),
-        (without_classifier, r"has no weights for classifier.bias, classifier.weight: expected a network that was"),
+        (
+            without_a_layer,
+            r"has no weights for vit.layers.1.mlp.fc2.bias, vit.layers.1.mlp.fc2.weight: expected a network",
+        ),
         (pickled, r"cannot be built: .*"),
         (
             changed("preprocessor_config.json", image_processor_type="MobileViTImageProcessor"),
@@ -219,6 +234,27 @@ def test_what_cannot_be_taken_is_refused_in_a_line(
     assert len(ended.stderr.strip().splitlines()) <= 3, ended.stderr
     assert re.search(line, ended.stderr.replace("\n", " ")), ended.stderr
     assert not list((caches / "root").rglob("*.json"))
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "dinov2"])
+def test_a_network_without_a_classifier_gives_features(caches: Path, photos: Path, kind: str) -> None:
+    """As DINOv2 and others are published; with a probe it is a receiver."""
+    folder = save(caches / "saved", kind)
+    without("classifier", folder)
+    loaded = load_pretrained(ModelSource.parse(f"hf:{folder}"))
+    assert loaded.classes == 0
+    assert loaded.labels is None or len(loaded.labels) == 0
+    with torch.no_grad():
+        features = loaded.module(torch.zeros(2, 3, 64, 64)).logits
+    options = {"pretrained": True, "dataset": f"imagefolder:{photos}", "root": caches / "root"}
+    definition, record = fastsitch.add("net", f"hf:{folder}", head="probe", **options)
+    assert record is not None
+    assert record.accuracy is not None
+    assert definition.features is not None
+    network = load_network(next((caches / "root" / "models").iterdir()), NetworkName("net"))
+    with torch.no_grad():
+        assert network.chain(torch.zeros(2, 3, 64, 64)).shape == (2, 3)
+    assert features.flatten(1).shape[1] >= 32
 
 
 def test_what_is_not_in_the_cache_is_named(caches: Path) -> None:

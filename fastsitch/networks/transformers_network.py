@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -156,29 +156,56 @@ class LoadedClassifier:
 def load_classifier(folder: Path, name: str) -> LoadedClassifier:
     """Load what is in a folder; of weights nothing but tensors is read.
 
-    Raises NetworkError where there is no image classifier, or not all of one.
+    What was saved without a classifier gives features (``classes`` 0). Raises NetworkError for another type, and where
+    weights are missing.
     """
     transformers = require_transformers(name)
     _require_classifier(transformers, _kind(folder), f"hf:{name}")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    model, report = transformers.AutoModelForImageClassification.from_pretrained(
-        folder, config=config, trust_remote_code=False, output_loading_info=True
-    )
-    without = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
-    if without:
-        raise NetworkError(
-            f"hf:{name} has no weights for {', '.join(without[:3])}{', ...' if len(without) > 3 else ''}: expected a "
-            "network that was saved as an image classifier"
-        )
     names = tuple(str(config.id2label[k]) for k in range(config.num_labels))
+    model, without = _loaded(transformers, folder, config)
+    if without:
+        config.num_labels = 0
+        model, without_features = _loaded(transformers, folder, config)
+        if without_features or any(
+            isinstance(layer, nn.Linear) and not layer.out_features for layer in model.modules()
+        ):
+            raise NetworkError(
+                f"hf:{name} has no weights for {', '.join(without[:3])}{', ...' if len(without) > 3 else ''}: expected "
+                "a network that was saved as an image classifier, or without its classifier alone"
+            )
     return LoadedClassifier(
         module=model,
         kind=config.model_type,
         configuration={key: value for key, value in config.to_diff_dict().items() if key not in _VOLATILE},
         classes=config.num_labels,
-        names=None if all(label == f"LABEL_{k}" for k, label in enumerate(names)) else names,
+        names=None if all(label == f"LABEL_{k}" for k, label in enumerate(names)) else names[: config.num_labels],
         fixed_size="image_size" in config.to_dict(),
     )
+
+
+def _loaded(transformers: Any, folder: Path, config: Any) -> tuple[nn.Module, list[str]]:
+    """A classifier, and the names of weights that its files lack."""
+    with _quiet(transformers):
+        model, report = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, config=config, trust_remote_code=False, output_loading_info=True
+        )
+    return model, sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """The library shows no bars, and says nothing of weights that are missing: an error will."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _kind(folder: Path) -> str:
