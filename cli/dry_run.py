@@ -58,7 +58,20 @@ def show_estimate(estimate: SweepEstimate) -> None:
         kinds.update(unit.kinds)
     typer.echo("")
     typer.echo("stitches by kind: " + ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())))
-    typer.echo(f"source (predicted): {estimate.source}")
+    typer.echo("")
+    typer.echo(
+        table(
+            ["sender", "stored per image", "FLOPs to compute it", "FLOPs per byte", "source (predicted)"],
+            [
+                [str(sender.name), size(sender.image), f"{sender.flops:.2e}", f"{sender.intensity:,.0f}", sender.source]
+                for sender in estimate.senders
+            ],
+        )
+    )
+    typer.echo(
+        f"source (predicted): {estimate.source}; this machine computes {estimate.flops_rate / 1e9:,.0f} GFLOP/s: what "
+        "costs more FLOPs per byte than it does while it reads one is stored"
+    )
     fits = "fits" if estimate.memory <= estimate.available else "does NOT fit"
     typer.echo(
         f"memory (predicted): {size(estimate.memory)}, the source and one training step; "

@@ -23,7 +23,7 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
             entry.record.dataset,
             str(entry.record.width),
             "x".join(map(str, entry.record.input_shape[1:])),
-            f"{entry.record.accuracy:.4f}",
+            "none" if entry.record.accuracy is None else f"{entry.record.accuracy:.4f}",
             _recipe(entry.record.recipe),
         ]
         if entry.record is not None
@@ -66,7 +66,7 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
 
 def _recipe(recipe: dict[str, Any]) -> str:
     return (
-        f"weights of {recipe['weights']}"
+        f"weights of {recipe['weights']}" + (", linear probe" if "probe" in recipe else "")
         if "weights" in recipe
         else f"{recipe['name']}, {counted(recipe['epochs'], 'epoch')}"
     )

@@ -17,8 +17,9 @@ from fastsitch.cli.demo_command import demo
 from fastsitch.cli.doctor_command import doctor
 from fastsitch.cli.list_command import list_root
 from fastsitch.cli.network_commands import add, precompute, train
-from fastsitch.cli.options import with_addresses
+from fastsitch.cli.options import GroupedCommand, with_addresses
 from fastsitch.cli.paper_command import paper
+from fastsitch.cli.probe_command import probe
 from fastsitch.cli.result_commands import compare, export, images, plot, tables
 from fastsitch.cli.sweep_command import sweep
 from fastsitch.errors import FastsitchError, printable
@@ -34,7 +35,7 @@ app = typer.Typer(
 
 _GROUPS = {
     "Start": (demo,),
-    "Networks and data": (train, add, precompute),
+    "Networks and data": (train, add, precompute, probe),
     "Stitches": (sweep, paper),
     "Results": (export, plot, tables, images, compare),
     "This machine": (bench, list_root, doctor),
@@ -44,7 +45,7 @@ _GROUPS = {
 for title, commands in _GROUPS.items():
     for command in commands:
         name = "list" if command is list_root else command.__name__
-        app.command(name, rich_help_panel=title)(command)
+        app.command(name, cls=GroupedCommand, rich_help_panel=title)(command)
 
 
 def _version(value: bool) -> None:
@@ -120,9 +121,25 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHOICE = re.compile(r"Invalid value for '([^']*)': (?:Value error, )?'(.*)' is not one of (.*?)\.?", re.DOTALL)
 
 
+_NUMBER = re.compile(r"Invalid value for '([^']*)': .*valid (integer|number).*", re.DOTALL)
+
+
+def _typed_value(option: str) -> str:
+    """What was typed for an option."""
+    for position, text in enumerate(sys.argv[:-1]):
+        if text == option:
+            return sys.argv[position + 1]
+    return next((text.partition("=")[2] for text in sys.argv if text.startswith(f"{option}=")), "")
+
+
 def _usage(error: typer.TyperException) -> str:
     """What typer says of a wrong command line, in the form of all other refusals."""
     message = error.format_message()
+    number = _NUMBER.fullmatch(message)
+    if number is not None:
+        option, kind = number.groups()
+        given = _typed_value(option)
+        return f"{option}{f' {given}' if given else ''}: expected a {'whole number' if kind == 'integer' else kind}"
     wrong = _CHOICE.fullmatch(message)
     if wrong is None:
         context = getattr(error, "ctx", None)

@@ -1,6 +1,6 @@
 """The commands that make networks and their stores: train, add, precompute."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,6 +27,9 @@ from fastsitch.cli.progress_display import ProgressDisplay
 from fastsitch.cli.text_formats import counted, size, table
 from fastsitch.errors import ConfigError, argument, printable
 from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype
+
+if TYPE_CHECKING:
+    from fastsitch.networks.checkpoint import NetworkRecord
 
 
 def train(
@@ -104,8 +107,9 @@ def add(
         str,
         typer.Option(
             "--from",
-            help="torchvision:NAME, timm:NAME, or FILE.py:FACTORY, whose code is then run; with --pretrained also "
-            "torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION] and timm:local-dir:PATH.",
+            help="torchvision:NAME, timm:NAME, hf:TYPE, or FILE.py:FACTORY, whose code is then run; with --pretrained "
+            "also torchvision:NAME@WEIGHTS, timm:hf-hub:ORG/MODEL[@REVISION], timm:local-dir:PATH, "
+            "hf:ORG/MODEL[@REVISION] and hf:PATH.",
             rich_help_panel=DATA,
         ),
     ],
@@ -146,7 +150,8 @@ def add(
     head: Annotated[
         HeadChoice | None,
         typer.Option(
-            help="new: leave the last layer untrained, where that of the weights has another size.",
+            help="In the place of its last layer: new: the same, untrained; probe: a linear probe on its features, "
+            "fitted to the data set; none: nothing, for a sender alone.",
             show_default="that of the weights",
             rich_help_panel=DATA,
         ),
@@ -263,7 +268,7 @@ def add(
     if record is None:
         typer.echo(f"no weights yet; train it with\n  {command('train', name, dataset=dataset, root=root)}")
     else:
-        typer.echo(f"test accuracy {record.accuracy:.4f} ({record.recipe['name']})")
+        typer.echo(_result(record))
 
 
 def precompute(
@@ -275,6 +280,14 @@ def precompute(
     test_images: TestImagesOption = None,
     dtype: Annotated[StoredDtype, typer.Option(help="How numbers are stored.", rich_help_panel=FILES)] = "bf16",
     compress: Annotated[Compression, typer.Option(help="How stores are compressed.", rich_help_panel=FILES)] = "none",
+    positions: Annotated[
+        str | None,
+        typer.Option(
+            help="Store only these positions: names or patterns, 'stem,layer*.0'.",
+            show_default="all",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace stores that are stale or damaged.", rich_help_panel=FILES)
     ] = False,
@@ -285,7 +298,7 @@ def precompute(
     activations: ActivationsOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Run each network once and store its representations at every position."""
+    """Run each network once and store its representations."""
     import fastsitch
     from fastsitch.data.dataset_name import with_options
 
@@ -298,6 +311,7 @@ def precompute(
             dataset=named,
             dtype=dtype,
             compress=compress,
+            positions=positions,
             force=force,
             root=root,
             data_dir=data_dir,
@@ -307,9 +321,23 @@ def precompute(
             report=display.report,
         )
     for store in stores:
-        typer.echo(
-            f"{store.identity.network}: {counted(len(store.positions), 'position')}, {size(store.bytes)}: {store.path}"
-        )
+        stored, count = len(store.positions), store.position_count
+        positions_text = counted(stored, "position") if stored == count else f"{stored} of {count} positions"
+        typer.echo(f"{store.identity.network}: {positions_text}, {size(store.bytes)}: {store.path}")
+
+
+def _result(record: "NetworkRecord") -> str:
+    """How good an added network is; one without classifier cannot say."""
+    if record.accuracy is None:
+        return "no classifier: a sender only"
+    text = f"test accuracy {record.accuracy:.4f} ({record.recipe['name']})"
+    probe = record.recipe.get("probe")
+    if probe is None:
+        return text
+    return (
+        f"{text}, by a linear probe: strength {probe['strength']:g}, {probe['train_accuracy']:.4f} on "
+        f"{counted(probe['images'], 'training image')}"
+    )
 
 
 def _layouts(texts: list[str]) -> dict[str, str]:

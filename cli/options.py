@@ -1,8 +1,9 @@
 """Options that several commands share, the groups that help shows them in, and lists typed with commas."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fastsitch.cli import progress_display
 from fastsitch.errors import ConfigError, argument
@@ -11,7 +12,21 @@ from fastsitch.vocabulary import LOCAL_CLUSTER, separated
 DATA, TRAINING, MATCHING, MACHINE, FILES = "Networks and data", "Training", "Matching", "Machine", "Files"
 """Groups of options, in the order in which help shows them."""
 
-_DATASETS = "fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR[@SIDE][@COLOUR] or npz:FILE."
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows its groups of options in one order, whatever that of its parameters."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Sorted by group; within one as they are declared."""
+        order = [None, DATA, TRAINING, MATCHING, MACHINE, FILES]
+        return sorted(
+            super().get_params(ctx), key=lambda parameter: order.index(getattr(parameter, "rich_help_panel", None))
+        )
+
+
+_DATASETS = (
+    "fashion-mini, fashion-mnist, cifar10, cifar100, imagefolder:DIR[@SIDE][@COLOUR], npz:FILE or hf:NAME[:CONFIG]."
+)
 
 # not Path, for which nothing is the current folder
 RootOption = Annotated[

@@ -22,15 +22,17 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 
 if TYPE_CHECKING:
     from fastsitch.analysis.compare_published import compare_run
+    from fastsitch.analysis.probe_positions import NetworkProbes, PositionProbe
     from fastsitch.analysis.stitch_error_files import read_errors
     from fastsitch.analysis.stitch_errors import StitchErrors
-    from fastsitch.api_networks import add, load_dataset, precompute, train
+    from fastsitch.api_networks import add, load_dataset, precompute, probe, train
     from fastsitch.api_runs import bench, configure_sweep, estimate, images, measure_errors, open_run, sweep
     from fastsitch.chains.chain import Chain
     from fastsitch.chains.layout import Layout
     from fastsitch.chains.position import Position
     from fastsitch.cluster.cluster import Cluster
     from fastsitch.data import Dataset, Normalisation, Split, Transform
+    from fastsitch.data.python_dataset import dataset_from
     from fastsitch.errors import FastsitchError
     from fastsitch.execution.stitch_pair import StitchedPair, stitch
     from fastsitch.kernels.reference import conv_weight
@@ -44,15 +46,17 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "analysis.compare_published": ("compare_run",),
+    "analysis.probe_positions": ("NetworkProbes", "PositionProbe"),
     "analysis.stitch_error_files": ("read_errors",),
     "analysis.stitch_errors": ("StitchErrors",),
-    "api_networks": ("add", "load_dataset", "precompute", "train"),
+    "api_networks": ("add", "load_dataset", "precompute", "probe", "train"),
     "api_runs": ("bench", "configure_sweep", "estimate", "images", "measure_errors", "open_run", "sweep"),
     "chains.chain": ("Chain",),
     "chains.layout": ("Layout",),
     "chains.position": ("Position",),
     "cluster.cluster": ("Cluster",),
     "data": ("Dataset", "Normalisation", "Split", "Transform"),
+    "data.python_dataset": ("dataset_from",),
     "errors": ("FastsitchError",),
     "execution.stitch_pair": ("StitchedPair", "stitch"),
     "kernels.reference": ("conv_weight",),
@@ -75,8 +79,10 @@ __all__ = [
     "Dataset",
     "FastsitchError",
     "Layout",
+    "NetworkProbes",
     "Normalisation",
     "Position",
+    "PositionProbe",
     "Progress",
     "Run",
     "Split",
@@ -89,6 +95,7 @@ __all__ = [
     "compare_run",
     "configure_sweep",
     "conv_weight",
+    "dataset_from",
     "estimate",
     "estimate_paper",
     "export_run",
@@ -100,6 +107,7 @@ __all__ = [
     "plot_figures",
     "plot_run",
     "precompute",
+    "probe",
     "read_errors",
     "stitch",
     "sweep",

@@ -4,19 +4,21 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from fastsitch.activations.precompute import StoreMaker
 from fastsitch.activations.store import ActivationStore
+from fastsitch.analysis.probe_positions import NetworkProbes, PositionProber
 from fastsitch.chains.layout import Layout, parse_layout
 from fastsitch.cluster.cluster import Cluster, connected
 from fastsitch.cluster.worker import Task
 from fastsitch.data import Dataset, Normalisation, canonical_dataset
 from fastsitch.data import load_dataset as read_dataset
 from fastsitch.errors import ConfigError, NetworkError, argument
-from fastsitch.files import expanded
-from fastsitch.machine import configure, resolve_device
+from fastsitch.files import expanded, require_regular, write_json
+from fastsitch.machine import configure, resolve_device, versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.add_network import NewNetwork, add_network
 from fastsitch.networks.checkpoint import NetworkRecord, namesake, read_record
@@ -27,6 +29,7 @@ from fastsitch.networks.train_network import NetworkTrainer, network_recipe
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
 from fastsitch.runs.inventory import chosen_dataset
+from fastsitch.runs.sweep_config import position_patterns
 from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype, require_whole
 
 log = logging.getLogger(__name__)
@@ -41,7 +44,8 @@ def load_dataset(
 
     Args:
         name: ``fashion-mini`` (embedded), ``fashion-mnist``, ``cifar10``, ``cifar100``, one of these with ``:N`` for
-            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE`` or ``npz:FILE``; any of them
+            its first N training images, ``imagefolder:DIR``, ``imagefolder:DIR@SIDE``, ``npz:FILE``,
+            ``hf:ORG/NAME:CONFIG`` of the Hugging Face hub or ``hf:/DIR`` with parquet files; any of them
             with ``@train=N`` or ``@test=N`` behind it for a class-balanced subset.
         data_dir: folder with the files of named data sets; None: ``data`` in the root.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
@@ -162,7 +166,8 @@ def add(
         weights: safetensors, or a checkpoint with a state dict in it, of which nothing is executed; also the index of
             shards, or a folder with one of these; None: the network is to be trained.
         weights_key: which weights, where a checkpoint has several, such as ``state_dict_ema`` or ``teacher.backbone``.
-        head: ``new``: the last layer is untrained, where that of the weights has another size, or there is none.
+        head: what stands in the place of the last layer: ``new``: the same layer, untrained; ``probe``: a linear probe,
+            fitted to the network's features of the training images; ``none``: nothing, for a sender of features.
         positions: names or patterns; None: the outputs of blocks.
         layouts: by name of the position, where the one that is found is wrong, or none: a :class:`Layout`, or its text
             such as ``map``, ``tokens:14x14`` or, with a class token, ``tokens:1+14x14``.
@@ -214,6 +219,7 @@ def precompute(
     dataset: str | None = None,
     dtype: StoredDtype = "bf16",
     compress: Compression = "none",
+    positions: Sequence[str] | str | None = None,
     force: bool = False,
     root: PathLike | None = None,
     data_dir: PathLike | None = None,
@@ -222,13 +228,15 @@ def precompute(
     ray: str | Cluster | None = None,
     report: Report = ignore,
 ) -> list[ActivationStore]:
-    """Run networks once over a data set and store every representation; stores that are up to date are left alone.
+    """Run networks once over a data set and store their representations; stores that are up to date are left alone.
 
     Args:
         networks: trained networks, or controls such as ``R1111-random@0``.
         dataset: None: the one data set in the root that has the networks; ``@train=N@test=N`` alone: a subset of it.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         compress: ``none`` or ``zstd``.
+        positions: names or patterns such as ``layer*.0``; None: all. A store that lacks some is made again with those
+            that it had and them.
         force: replace stores that are stale or damaged.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
         data_dir: folder with the files of data sets; None: ``data`` in the root.
@@ -246,17 +254,70 @@ def precompute(
         ConfigError: an option that cannot work.
     """
     folders = Root.at(root, data_dir, activations)
-    names = list(dict.fromkeys(NetworkName.parse(text) for text in networks))
-    if not names:
-        raise ConfigError("no network named: expected at least one, such as R1111")
+    names = _named(networks)
+    patterns = position_patterns(positions)
     data = chosen_dataset(folders, dataset, [str(name) for name in names])
     _require_trained(folders, data, names)
-    make = partial(StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force)
+    make = partial(StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force, positions=patterns)
     stores = []
     for name, (store, made) in _each(ray, folders, make, names, device, "the store of {}", report):
         log.info("the store of %s is %s: %s", name, "made" if made else "up to date", store.path)
         stores.append(store)
     return stores
+
+
+def probe(
+    *networks: str,
+    dataset: str | None = None,
+    json: PathLike | None = None,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    activations: PathLike | None = None,
+    device: str = "auto",
+    report: Report = ignore,
+) -> list[NetworkProbes]:
+    """Fit a linear probe at every position of networks: logistic regression on the mean over the map or the tokens.
+
+    Representations come from a network's store where there is one; else the network runs once over all images.
+
+    Args:
+        networks: trained networks, networks of features, or controls such as ``R1111-random@0``.
+        dataset: None: the one data set in the root that has the networks.
+        json: a file for the results; None: none is written.
+        root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
+        data_dir: folder with the files of data sets; None: ``data`` in the root.
+        activations: where stores lie instead of the root.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        report: gets the images done.
+
+    Returns:
+        The probes of each network.
+
+    Raises:
+        ConfigError: an option that cannot work.
+        NetworkError: a network was never trained, or its representations are not finite.
+        StoreError: a store is stale or damaged.
+    """
+    folders = Root.at(root, data_dir, activations)
+    names = _named(networks)
+    path = None if json is None else _file("json", json)
+    if path is not None:
+        require_regular(path)
+    data = chosen_dataset(folders, dataset, [str(name) for name in names])
+    _require_trained(folders, data, names)
+    prober = PositionProber(folders, data, device=device)
+    found = [prober(name, report) for name in names]
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"networks": [each.to_dict() for each in found], "versions": versions()})
+    return found
+
+
+def _named(networks: Sequence[str]) -> list[NetworkName]:
+    names = list(dict.fromkeys(NetworkName.parse(text) for text in networks))
+    if not names:
+        raise ConfigError("no network named: expected at least one, such as R1111")
+    return names
 
 
 def _require_trained(root: Root, dataset: str, names: Sequence[NetworkName]) -> None:
@@ -278,8 +339,9 @@ def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) ->
     """One number or three of each, of pixels in [0, 1]; raises ConfigError."""
     if mean is None and std is None:
         return None
-    means, stds = (tuple(given or ()) * (3 if given is not None and len(given) == 1 else 1) for given in (mean, std))
-    fits = len(means) == len(stds) == 3
+    given = [tuple(values or ()) for values in (mean, std)]
+    means, stds = (values * (3 if len(values) == 1 else 1) for values in given)
+    fits = len(means) == len(stds) == 3 and all(isinstance(value, Real) for value in (*means, *stds))
     if not fits or not all(0 <= value <= 1 for value in means) or not all(_SMALLEST_STD <= x <= 1 for x in stds):
         raise ConfigError(
             f"{argument('mean', _joined(mean))} {argument('std', _joined(std))}: expected both, one number or three, "
@@ -289,7 +351,11 @@ def _normalisation(mean: Sequence[float] | None, std: Sequence[float] | None) ->
 
 
 def _joined(values: Sequence[float] | None) -> str | None:
-    return None if values is None else ",".join(f"{value:g}" for value in values)
+    return (
+        None
+        if values is None
+        else ",".join(f"{value:g}" if isinstance(value, Real) else str(value) for value in values)
+    )
 
 
 def _each(

@@ -3,7 +3,7 @@
 The command line shows and checks them before anything heavier is loaded: nothing but the standard library is imported.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
 from numbers import Integral, Real
 from typing import Any, Literal, get_args
@@ -36,8 +36,9 @@ views of the images that the authors' code really used."""
 NetworkRecipe = Literal["fast", "published"]
 """How networks are trained: on a one-cycle schedule, or by the study's recipe (40 epochs, 10 of warm-up)."""
 
-HeadChoice = Literal["new"]
-"""What the last layer of an added network gets in the place of what a weights file has: the weights its code draws."""
+HeadChoice = Literal["new", "probe", "none"]
+"""What an added network has in the place of its last layer: the same layer with the weights its code draws, a linear
+probe that is fitted to its features, or nothing, so that it gives features and can only be a sender."""
 
 Descent = Literal["cosine", "linear"]
 """How a learning rate falls to 0 after its warm-up."""
@@ -142,4 +143,6 @@ def separated(values: Sequence[str] | str) -> list[str]:
     """A text as the parts between its commas, a list as it is: ``"a, b"`` and ``["a", "b"]`` are the same."""
     if isinstance(values, str):
         return [part.strip() for part in values.split(",") if part.strip()]
+    if not isinstance(values, Iterable):
+        raise ConfigError(f"{values!r}: expected a text with commas, or a list")
     return list(values)

@@ -10,16 +10,23 @@ Three names carry a stitch's geometry: ``down`` = k (conv k x k, stride k), ``up
 then conv 1x1); both are 1 for equal sizes and at most one of them is larger.
 """
 
-if __name__ == "kernels":
-    raise ImportError(
-        "this folder is the package fastsitch.kernels; a bare 'kernels' is another project's name: "
-        "import fastsitch.kernels instead"
-    )
+from typing import Any
 
-from fastsitch.kernels.dispatch import KERNELS, resolve_kernel
-from fastsitch.kernels.ops import grouped_stitch, stitch_functions, stitch_grad, stitch_out
-from fastsitch.kernels.reference import grouped_stitch_reference
-from fastsitch.kernels.torch_path import space_to_depth
+if __name__ == "kernels":
+    # in a checkout other libraries find this folder when they look for a package of that name, and ask its version
+    def __getattr__(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(
+            "this folder is the package fastsitch.kernels; a bare 'kernels' is another project's name: "
+            "import fastsitch.kernels instead"
+        )
+
+else:
+    from fastsitch.kernels.dispatch import KERNELS, resolve_kernel
+    from fastsitch.kernels.ops import grouped_stitch, stitch_functions, stitch_grad, stitch_out
+    from fastsitch.kernels.reference import grouped_stitch_reference
+    from fastsitch.kernels.torch_path import space_to_depth
 
 __all__ = [
     "KERNELS",

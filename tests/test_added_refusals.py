@@ -56,7 +56,7 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
         "        return x.mean((2, 3)) if x.sum() > 9 else x.amax((2, 3))\n\n\ndef small():\n    return Decides()\n"
     )
     return {
-        "form": (["resnet18"], "--from resnet18: expected torchvision:NAME, timm:NAME or FILE.py:FACTORY"),
+        "form": (["resnet18"], "--from resnet18: expected torchvision:NAME, timm:NAME, hf:NAME or FILE.py:FACTORY"),
         "no such model": (["torchvision:resnet19"], "torchvision has no model resnet19: expected .* resnet18"),
         "no such file": ([f"{tmp_path}/none.py:small"], r"cannot read \S*none\.py .No such file"),
         "no such function": ([f"{factory}:large"], "has no function large"),

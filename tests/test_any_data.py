@@ -10,8 +10,16 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional
 
-from fastsitch.data import Dataset, canonical_dataset, dataset_folder, dataset_size, image_folder, load_dataset
-from fastsitch.errors import DataError, MemoryLimitError
+from fastsitch.data import (
+    Dataset,
+    ImageFiles,
+    canonical_dataset,
+    dataset_folder,
+    dataset_size,
+    folder_dataset,
+    load_dataset,
+)
+from fastsitch.errors import DataError
 from tests.conftest import Command
 
 CLASSES = ("boot", "coat", "shirt")
@@ -59,39 +67,14 @@ def test_pixels_that_memory_does_not_hold_are_kept_on_disk(
     folder = pictures(tmp_path / "folder", fashion, (28, 28))
     held = load_dataset(f"imagefolder:{folder}", tmp_path)
     assert held.input_shape == (3, 32, 32)
-    monkeypatch.setattr(image_folder, "MEMORY_SHARE", 0)
-    mapped = load_dataset(f"imagefolder:{folder}", tmp_path / "scratch")
-    assert mapped.hash == held.hash
-    assert mapped.normalisation == held.normalisation
-    assert torch.equal(mapped.train.images, held.train.images)
-    # nothing of it has a name
-    assert list((tmp_path / "scratch").iterdir()) == []
-
-
-def test_what_neither_memory_nor_disk_hold_is_said_before_it_is_decoded(
-    fashion: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of large pictures, each many times under different names, so that only their heads are ever read."""
-    folder = tmp_path / "large"
-    large = tmp_path / "large.png"
-    Image.new("RGB", (9000, 9000)).save(large)
-    monkeypatch.setattr(image_folder, "MEMORY_SHARE", 0)
-    count = 2 + image_folder.free_space(tmp_path) // (3 * 9000 * 9000)
-    for split, images in (("train", count), ("test", 1)):
-        (folder / split / "class").mkdir(parents=True)
-        for k in range(images):
-            (folder / split / "class" / f"{k}.png").symlink_to(large)
-    with pytest.raises(MemoryLimitError) as caught:
-        load_dataset(f"imagefolder:{folder}", tmp_path / "scratch")
-    needed = 3 * 9000 * 9000 * (count + 1) / 1e9
-    message = str(caught.value)
-    assert f"{count + 1} images of 9000x9000 in 1 classes take {needed:.1f} GB as pixels" in message
-    assert "imagefolder:DIR@SIDE" in message
-    assert not (tmp_path / "scratch").exists()
-    # as small ones they fit
-    size = dataset_size(f"imagefolder:{folder}@32", tmp_path)
-    assert size is not None
-    assert size.train == count
+    monkeypatch.setattr(folder_dataset, "MEMORY_SHARE", 0)
+    in_files = load_dataset(f"imagefolder:{folder}", tmp_path)
+    assert isinstance(in_files.train.images, ImageFiles)
+    assert in_files.input_shape == (3, 32, 32)
+    assert in_files.hash == held.hash
+    assert in_files.normalisation == held.normalisation
+    assert in_files.normalisation_for(1) == held.normalisation_for(1)
+    assert torch.equal(in_files.train.pixels, held.train.images)
 
 
 def empty_class(folder: Path) -> str:

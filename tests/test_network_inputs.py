@@ -118,7 +118,7 @@ def test_all_sources_give_the_same_images_in_the_same_order(root_and_dataset: tu
                 Root.at(root),
                 data,
                 lambda network_name: known[str(network_name)],
-                source=kind,
+                source=lambda _, kind=kind: kind,  # type: ignore[misc]
                 dtype=torch.float32,
                 device=CPU,
             )
@@ -157,7 +157,7 @@ def test_live_and_stored_representations_are_the_same_bits(root_and_dataset: tup
                 Root.at(root),
                 data,
                 lambda network_name: known[str(network_name)],
-                source=kind,
+                source=lambda _, kind=kind: kind,  # type: ignore[misc]
                 dtype=torch.float32,
                 device=CPU,
             )

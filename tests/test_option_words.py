@@ -3,6 +3,7 @@
 import inspect
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -11,6 +12,8 @@ import pytest
 
 import fastsitch
 from fastsitch import kernels, vocabulary
+from fastsitch.cli.main import app
+from fastsitch.cli.options import DATA, FILES, MACHINE, MATCHING, TRAINING
 from fastsitch.cli.sweep_command import sweep
 from fastsitch.errors import ConfigError, argument
 from fastsitch.runs.sweep_config import SweepConfig, SweepOptions, sweep_config
@@ -114,3 +117,43 @@ def test_kernels_recipes_and_statuses_agree_with_the_vocabulary() -> None:
     assert get_args(vocabulary.Kernel) == kernels.KERNELS
     assert set(STITCH_RECIPES) == set(get_args(vocabulary.StitchRecipe))
     assert [int(status) for status in vocabulary.Status] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("command", [command.name for command in app.registered_commands])
+def test_help_shows_its_groups_in_one_order(command: str, run_cli: Command) -> None:
+    shown = run_cli(command, "--help").stdout
+    groups = [title for title in (DATA, TRAINING, MATCHING, MACHINE, FILES) if f"─ {title} ─" in shown]
+    places = [shown.index(f"─ {title} ─") for title in groups]
+    assert places == sorted(places)
+    assert groups or command in ("doctor",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["sweep", "--senders", "R1111", "--receivers", "R1111", "--batch-size", "ten"],
+            "--batch-size ten: expected a whole number",
+        ),
+        (["train", "R1111", "--width=4.5"], "--width 4.5: expected a whole number"),
+        (["sweep", "--senders", "R1111", "--receivers", "R1111", "--lr", "fast"], "--lr fast: expected a number"),
+    ],
+)
+def test_what_is_no_number_is_named(arguments: list[str], line: str, run_cli: Command) -> None:
+    ended = run_cli(*arguments)
+    assert ended.returncode == 2
+    assert ended.stderr == f"fastsitch: {line}\n"
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda root: fastsitch.sweep("R1111", "R1111", run=7, root=root),
+        lambda root: fastsitch.sweep("R1111", "R1111", positions=5, root=root),
+        lambda root: fastsitch.add("net", "torchvision:resnet18", mean="a", std=[0.1], root=root),
+        lambda root: fastsitch.precompute("R1111", positions=5, root=root),
+    ],
+)
+def test_arguments_of_another_type_are_refused(call: Callable[[Path], object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        call(tmp_path)

@@ -187,10 +187,10 @@ def test_folders_that_timm_saved(caches: Path, photos: Path) -> None:
     }
     (saved / "config.json").write_text(json.dumps(config))
     source = f"timm:local-dir:{saved}"
-    by_hand = caches / "classes.csv"
-    by_hand.write_text("# class, output\nn01440764,2\nn02102040,0\n\nn03028079,1\n")
+    classes = caches / "classes.csv"
+    classes.write_text("# class, output\nn01440764,2\nn02102040,0\n\nn03028079,1\n")
     definition, record = fastsitch.add(
-        "net", source, pretrained=True, classes_from=by_hand, dataset=f"imagefolder:{photos}", root=caches / "root"
+        "net", source, pretrained=True, classes_from=classes, dataset=f"imagefolder:{photos}", root=caches / "root"
     )
     assert record is not None
     assert definition.class_outputs == (2, 0, 1)
@@ -279,6 +279,14 @@ def test_classes_are_matched_by_name(tmp_path: Path) -> None:
     ):
         with pytest.raises(NetworkError, match=line):
             matched_outputs(classes, labels, given, "net")  # type: ignore[arg-type]
+    # as ImageNet's classes are called on the hub, of which a few are not certain
+    info = timm.data.ImageNetInfo()
+    words = [info.index_to_description(index) for index in range(1000)]
+    synsets = tuple((name, *words[index].split(", ")) for index, name in enumerate(info.label_names()))
+    assert matched_outputs([*words[:517], "crane2", *words[518:]], synsets, {}, "net") == tuple(range(1000))
+    assert matched_outputs([words[638], words[0]], synsets, {words[638]: "638"}, "net") == (638, 0)
+    with pytest.raises(NetworkError, match="several outputs named missile, maillot, harp, crane, cardigan"):
+        matched_outputs(words[::-1], synsets, {}, "net")
     file = tmp_path / "classes.tsv"
     file.write_text("a b\tn01\nc,d\t3\n")
     assert read_class_outputs(file) == {"a b": "n01", "c,d": "3"}

@@ -131,7 +131,11 @@ def test_the_library_never_prints() -> None:
 
 def test_a_bare_kernels_is_refused() -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", "import kernels"], cwd=PROJECT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", "from kernels import grouped_stitch"],
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert "import fastsitch.kernels instead" in ended.stderr
 

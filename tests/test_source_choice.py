@@ -16,9 +16,10 @@ from fastsitch.data import Dataset
 from fastsitch.errors import ConfigError, MemoryLimitError
 from fastsitch.execution import prepare_sweep as prepare
 from fastsitch.network_names import NetworkName
+from fastsitch.planning import source_choice as choices
 from fastsitch.planning import source_rates
 from fastsitch.planning import sweep_estimate as estimates
-from fastsitch.planning.source_choice import SourceCosts, SourceRates, choose_source, source_costs
+from fastsitch.planning.source_choice import SenderCosts, SourceCosts, SourceRates, choose_source, source_costs
 from fastsitch.root import Root
 from fastsitch.runs.sweep_config import sweep_config
 from fastsitch.runs.sweep_plan import SweepPlan
@@ -175,7 +176,7 @@ def test_the_source_of_a_run_is_chosen_once(
     (line,) = re.findall("source streamed: .*", caplog.text)
     assert re.fullmatch(
         r"source streamed: 52\.8 MB do not fit into [\d.]+ MB; reading [\d.]+ GB/s = [\d,]+ images/s "
-        r"against 5 images/s live",
+        r"against 5 images/s live \(\d+ FLOPs per stored byte, \d+ in the time of reading it\)",
         line,
     )
     caplog.clear()
@@ -188,8 +189,10 @@ def test_the_source_of_a_run_is_chosen_once(
 
 
 CONFIG = sweep_config(dataset="cifar10", senders="R1111", receivers="R1112")
-COSTS = SourceCosts(memory={"resident": 31 * 10**9, "streamed": 10**9, "live": 10**8}, missing=10**9)
-RATES = SourceRates(read=1.9e9, image=135_000, live=3000)
+SENDER = SenderCosts(memory={"resident": 31 * 10**9, "streamed": 10**9, "live": 10**8}, missing=10**9, image=135_000)
+R1111, R2222 = map(NetworkName.parse, ("R1111", "R2222"))
+COSTS = SourceCosts(senders={R1111: SENDER})
+RATES = SourceRates(read=1.9e9, live=3000)
 
 
 @pytest.mark.parametrize(
@@ -219,11 +222,11 @@ def test_the_automatic_source(memory: float, disk: float, rates: SourceRates | N
         COSTS,
         available=int(memory * 1e9),
         free_disk=int(disk * 1e9),
-        rates=None if rates is None else lambda: rates,
+        rates=None if rates is None else lambda _: rates,
     )
     assert choice.reason == reason
     assert choice.name == reason.partition(":")[0]
-    assert choice.memory == COSTS.memory[choice.name]
+    assert choice.memory == COSTS.memory(choice.name)
 
 
 @pytest.mark.parametrize(
@@ -252,8 +255,54 @@ def test_a_source_that_cannot_work_is_refused_not_replaced(
             COSTS,
             available=24 * 10**9,
             free_disk=int(disk * 1e9),
-            rates=lambda: RATES,
+            rates=lambda _: RATES,
         )
+
+
+def test_every_sender_has_a_source_of_its_own() -> None:
+    """A small one is held in memory, one that is slow to run is streamed, a quick one runs live, as the disk allows."""
+    small = replace(SENDER, memory={"resident": 10**9, "streamed": 10**8, "live": 10**7}, missing=10**8)
+    names = [NetworkName.parse(name) for name in ("R1111", "R1112", "R1121", "R1122")]
+    costs = SourceCosts(
+        senders=dict(zip(names, (small, SENDER, SENDER, replace(SENDER, missing=2 * 10**9)), strict=True))
+    )
+    quick = replace(RATES, live=20_000, flops=1e9)
+    rates = {names[1]: RATES, names[2]: quick, names[3]: RATES}
+    choice = choose_source(CONFIG, costs, available=24 * 10**9, free_disk=22 * 10**8, rates=rates.__getitem__)
+    assert list(choice.senders.values()) == ["resident", "streamed", "live", "live"]
+    assert choice.name == "streamed"
+    assert choice.others == {"R1111": "resident", "R1121": "live", "R1122": "live"}
+    assert choice.memory == 10**9
+    assert choice.reason.split("; ")[0] == "R1111 resident: 1.0 GB fit into 12.0 GB"
+    # 1e9 FLOPs for 135,000 bytes; 20,000 images/s are 2e13 FLOP/s, over 1.9e9 bytes/s
+    assert "20,000 images/s live (7,407 FLOPs per stored byte, 10,526 in the time of reading it)" in choice.reason
+    assert "R1122 live: stores that are missing need 3.1 GB of disk, 2.2 GB are free" in choice.reason
+
+
+def test_senders_of_one_sweep_have_sources_of_their_own(
+    trained: tuple[Path, str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One is stored, the other runs live; results are those of one source for both."""
+    root, _ = trained
+    options = {**OPTIONS, "precision": "fp32", "epochs": 1, "positions": ["layer1.0", "layer3.0"]}
+    expected = {
+        source: fastsitch.sweep(["R1111", "R1112"], ["R1111"], source=source, root=root, run=f"one-{source}", **options)
+        for source in ("streamed", "live")
+    }
+    monkeypatch.setattr(choices, "RESIDENT_SHARE", 0)
+    live = {"R1111": 1e3, "R1112": 1e9}
+    measured = source_rates.live_rate
+    rates = iter(live.values())
+    monkeypatch.setattr(source_rates, "live_rate", lambda split: next(rates) + 0 * measured(split))
+    monkeypatch.setattr(source_rates, "store_rate", lambda store: 1e5 * 1e4)
+    with caplog.at_level(logging.INFO):
+        run = fastsitch.sweep(["R1111", "R1112"], ["R1111"], root=root, run="both", **options)
+    assert (run.resolved.source_of("R1111"), run.resolved.source_of("R1112")) == ("streamed", "live")
+    assert fastsitch.Run.open(run.path).resolved == run.resolved
+    for sender in live:
+        one = expected[run.resolved.source_of(sender)]
+        assert np.array_equal(run.matrix(sender, "R1111"), one.matrix(sender, "R1111"), equal_nan=True)
+    assert "FLOPs per stored byte" in caplog.text
 
 
 def test_a_sweep_with_a_source_that_does_not_fit_leaves_nothing_behind(

@@ -11,7 +11,20 @@ import fastsitch
 from fastsitch.cli.main import app
 from tests.conftest import cli_environment
 
-HEAVY = ("torch", "torchvision", "triton", "numpy", "zarr", "zarrs", "matplotlib", "ray", "timm", "safetensors")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "triton",
+    "numpy",
+    "zarr",
+    "zarrs",
+    "matplotlib",
+    "ray",
+    "timm",
+    "transformers",
+    "datasets",
+    "safetensors",
+)
 
 COMMANDS = [command.name or "" for command in app.registered_commands]
 
@@ -33,8 +46,8 @@ def test_help_imports_no_heavy_library(arguments: list[str]) -> None:
 
 
 def test_there_are_as_many_commands_as_the_work_has_steps() -> None:
-    assert COMMANDS[:5] == ["demo", "train", "add", "precompute", "sweep"]
-    assert len(COMMANDS) == len(set(COMMANDS)) == 14
+    assert COMMANDS[:6] == ["demo", "train", "add", "precompute", "probe", "sweep"]
+    assert len(COMMANDS) == len(set(COMMANDS)) == 15
 
 
 def test_the_package_imports_torch_when_something_of_it_is_used() -> None:

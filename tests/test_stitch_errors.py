@@ -162,7 +162,7 @@ def splits_of(run: Run, root_and_dataset: tuple[Path, str], unit: Unit) -> dict[
         Root.at(root),
         load_dataset(dataset, root),
         lambda name: load_network(folder, name),
-        source="live",
+        source=lambda _: "live",
         dtype=DTYPES[run.resolved.precision],
         device=torch.device("cpu"),
     )

@@ -42,9 +42,9 @@ def test_a_head_of_another_size_is_refused_or_new(case: str, tmp_path: Path) -> 
     weights, faults, keep = HEADS[case]
     path = tmp_path / "c.pt"
     torch.save({"state_dict": prefixed("encoder.", weights)}, path)
-    advice = f"{faults}; give head='new' to leave the head untrained{keep}$"
+    remedy = f"{faults}; give head='new' to leave the head untrained, head='probe' to fit one{keep}$"
     with pytest.raises(
-        NetworkError, match=rf"\(under state_dict\.encoder\) fits the network but for its head: {advice}"
+        NetworkError, match=rf"\(under state_dict\.encoder\) fits the network but for its head: {remedy}"
     ):
         loaded(path)
     torch.manual_seed(8)
@@ -105,9 +105,8 @@ def test_what_was_chosen_is_recorded_with_the_network(
     line = ["add", "mine", "--from", f"{factory}:small", "--weights", path, "--dataset", few]
     ended = run_cli(*line, "--weights-key", "teacher")
     assert ended.returncode == 2
-    assert ended.stderr.endswith(
-        "give --head new to leave the head untrained, or --classes 12 to have that of the file\n"
-    )
+    advice = "give --head new to leave the head untrained, --head probe to fit one, or --classes 12 to have that of the"
+    assert ended.stderr.endswith(f"{advice} file\n")
     assert not list((tmp_path / "work").iterdir())
     ended = run_cli(*line, "--weights-key", "teacher", "--head", "new")
     assert ended.returncode == 0, ended.stderr

@@ -276,7 +276,7 @@ def test_options_that_need_weights(factory: Path, few: str, run_cli: Command, tm
 
 def test_a_head_that_is_none_of_the_words(factory: Path, few: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"weights": "w.pt", "head": "old", "dataset": few, "root": tmp_path / "root"}
-    with pytest.raises(ConfigError, match="^head='old': expected one of new$"):
+    with pytest.raises(ConfigError, match="^head='old': expected one of new, probe, none$"):
         fastsitch.add("mine", f"{factory}:small", **options)
 
 

@@ -45,6 +45,7 @@ _NO_DATA = (
     *("mnist", "", "npz:", "npz:none.npz", "npz:root", "npz:mine.py", "imagefolder:none", "imagefolder:few.npz"),
     *("fashion-mini:0", "fashion-mini:-5", "fashion-mini:99999999", "fashion-mini:x", "fashion-mini:1_0"),
     *("fashion-mini:\u0665", "fashion-mini:007", "fashion-mini:", "NPZ:few.npz", "npz:few.npz@32", "few.npz"),
+    *("hf:", "hf:a/b/c", "hf:root", "hf:json", "hf:a/b@64@64", "python:none", "python:a b", "python:"),
     *("imagefolder:root", "imagefolder:none@32", "cifar10:0", "cifar100:50001", "npz:/dev/null"),
     *("fashion-mini@train=0", "fashion-mini@train=x", "fashion-mini@64", "fashion-mini@train=5", "cifar10@"),
     *(

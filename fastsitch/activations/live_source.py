@@ -9,6 +9,7 @@ from fastsitch.activations.image_order import ImageOrder
 from fastsitch.activations.represent import PASS_IMAGES, represent
 from fastsitch.activations.representation_batch import Batch, Shape
 from fastsitch.activations.resident_source import stack_positions
+from fastsitch.chains.layout import ABSENT
 from fastsitch.data import ImageFiles, Split, Transform, Views
 from fastsitch.identity import torch_generator
 from fastsitch.receivers.frozen_network import FrozenNetwork
@@ -19,7 +20,7 @@ class LiveSplit:
 
     The images stay on the device as uint8, or in their files, and pass through the sender's transform. The sender
     computes in its own dtype; representations are rounded to ``stored``, as in a store, then cast to the compute dtype
-    ``dtype``.
+    ``dtype``. Batches have the positions that are ``chosen``; None: all.
     """
 
     def __init__(
@@ -30,14 +31,19 @@ class LiveSplit:
         *,
         stored: torch.dtype,
         dtype: torch.dtype,
+        chosen: Sequence[int] | None = None,
     ) -> None:
         self._sender = sender
         self._transform = transform
         self._images = split.images.to(sender.device)
+        self._size = split.size
         self._stored = stored
         self._dtype = dtype
         self.positions = sender.positions
-        self.shapes: Sequence[Shape] = [position.rows for position in sender.positions]
+        self._held = range(len(sender.positions)) if chosen is None else sorted(chosen)
+        self.shapes: Sequence[Shape] = [
+            position.rows if index in self._held else ABSENT for index, position in enumerate(sender.positions)
+        ]
         self.labels = split.labels.to(sender.device)
         self.ids = torch.arange(len(split), device=sender.device)
         self._kept: Mapping[Shape, Tensor] = {}
@@ -83,13 +89,14 @@ class LiveSplit:
             yield self._batch(index, None, {})
 
     def _views(self, seed: int, epoch: int) -> Views:
-        images = self._images
-        # views of images in files are taken of what the sender's preprocessing gives, whatever their size
-        size = (0, 0) if isinstance(images, ImageFiles) else (images.shape[1], images.shape[2])
-        return Views.draw(len(self), *self._transform.viewed(size), torch_generator("views", seed, epoch))
+        # those of images of several sizes are taken of what the sender's preprocessing gives
+        size = self._transform.viewed(self._size or (0, 0))
+        return Views.draw(len(self), *size, torch_generator("views", seed, epoch))
 
     def _batch(self, index: Tensor, views: Views | None, into: Mapping[Shape, Tensor]) -> Batch:
-        stacks = stack_positions(self.positions, self.represent(index, views), into)
+        raw = self.represent(index, views)
+        held = [self.positions[k] for k in self._held], [raw[k] for k in self._held]
+        stacks = stack_positions(*held, into)
         return Batch(stacks, torch.arange(len(index), device=index.device), self.labels.index_select(0, index))
 
 

@@ -56,7 +56,7 @@ class StoredSplitInOrder:
         self._split = split
         self._dtype = dtype
         self._device = device
-        self.shapes: Sequence[Shape] = [position.rows for position in store.positions]
+        self.shapes: Sequence[Shape] = store.shapes()
         self.labels = store.labels(split).to(device)
         self.ids = store.ids(split).to(device)
         self._blocks: dict[int, tuple[int, Tensor]] = {}

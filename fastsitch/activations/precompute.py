@@ -1,5 +1,7 @@
 """Running a network once over a data set and storing its representations."""
 
+import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -14,8 +16,9 @@ from fastsitch.activations.store import ActivationStore
 from fastsitch.activations.store_manifest import StoreIdentity, remedy
 from fastsitch.activations.store_writer import StoreWriter, writing
 from fastsitch.chains.layout import stored_size
+from fastsitch.chains.position import Position, chosen_positions
 from fastsitch.data import Dataset, ImageFiles, load_dataset
-from fastsitch.errors import StoreError, argument
+from fastsitch.errors import ConfigError, StoreError, argument
 from fastsitch.files import exclusive
 from fastsitch.folders import FolderLike, as_folder
 from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
@@ -26,6 +29,8 @@ from fastsitch.progress import Progress, Report, ignore
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.working_precision import working_network
 from fastsitch.root import Root
+
+log = logging.getLogger(__name__)
 
 
 def store_identity(
@@ -58,32 +63,49 @@ def ensure_store(
     device: torch.device,
     force: bool = False,
     content_only: bool = False,
+    positions: Sequence[int] | None = None,
     report: Report = ignore,
 ) -> tuple[ActivationStore, bool]:
     """Open the store at ``path``, or make it when there is none; returns it and whether it was made now.
 
-    A store that is up to date is left as it is; with ``content_only`` its dtype and compression may be others. Raises
+    It holds at least the ``positions`` that are wanted, by index; None: all. One that lacks some is made again, with
+    those that it had too. A store that is up to date is left as it is; with ``content_only`` its dtype and compression
+    may be others. Raises
     StoreError with the reason when the store is stale or damaged and ``force`` is not set, BusyError when another
     process is writing it (with ``content_only`` it waits instead: any store of this content will do).
     """
     identity = store_identity(dataset, network, dtype=dtype, compress=compress, device=device)
     folder = as_folder(path)
+    wanted = set(range(len(network.chain.positions)) if positions is None else positions)
     if folder.exists() and not force:
-        return open_fitting(folder, identity, dataset, content_only=content_only), False
+        store = open_fitting(folder, identity, dataset, content_only=content_only)
+        if wanted <= _indices(store):
+            return store, False
     with exclusive(folder.lock_file, f"the store of {network.record.name}", wait=content_only):
         if folder.exists() and not force:
-            return open_fitting(folder, identity, dataset, content_only=content_only), False
+            store = open_fitting(folder, identity, dataset, content_only=content_only)
+            if wanted <= _indices(store):
+                return store, False
+            lacking = ", ".join(network.chain.positions[index].name for index in sorted(wanted - _indices(store)))
+            log.info("%s lacks %s: it is made again with what it has and them", store.path, lacking)
+            wanted |= _indices(store)
+            identity = store_identity(
+                dataset, network, dtype=store.identity.dtype, compress=store.identity.compress, device=device
+            )
+        stored = tuple(position for position in network.chain.positions if position.index in wanted)
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
         frozen = storing_network(network, identity, device, f"use {argument('dtype', 'fp32')}")
         done, total = 0, sum(sizes.values())
         with (
-            writing(folder, identity, network.chain.positions, sizes) as writer,
+            writing(folder, identity, stored, sizes, len(network.chain.positions)) as writer,
             Background("store-writer") as background,
         ):
             for name, split in (("train", dataset.train), ("test", dataset.test)):
+                if isinstance(split.images, ImageFiles):
+                    split.images.announce()
                 for start in range(0, len(split), writer.block_images):
                     images = split.images[start : start + writer.block_images]
-                    block = forward_block(frozen, network, images, DTYPES[dtype])
+                    block = forward_block(frozen, network, images, DTYPES[identity.dtype], stored)
                     # at most two blocks are in memory: one being written, one being computed
                     background.run(block.write, writer, name, start)
                     done += len(images)
@@ -98,7 +120,10 @@ def storing_network(network: Network, identity: StoreIdentity, device: torch.dev
 
 
 class StoreMaker:
-    """Makes the stores of networks of one data set, as :func:`ensure_store` does, on the device of this machine."""
+    """Makes the stores of networks of one data set, as :func:`ensure_store` does, on the device of this machine.
+
+    ``positions`` are names or patterns, of which every network has one; none: all positions.
+    """
 
     def __init__(
         self,
@@ -110,8 +135,10 @@ class StoreMaker:
         compress: str = "none",
         force: bool = False,
         content_only: bool = False,
+        positions: Sequence[str] = (),
     ) -> None:
         self._root = root
+        self._positions = positions
         self._device = resolve_device(device)
         configure(self._device)
         self._dataset = load_dataset(dataset, root.data_dir)
@@ -126,7 +153,26 @@ class StoreMaker:
         """The store of a network, and whether it was made now; ``report`` gets the images done."""
         path = self._root.store(self._dataset.name, name)
         network = load_network(models_folder(self._root, self._dataset.name, name), name)
-        return ensure_store(path, self._dataset, network, device=self._device, report=report, **self._options)
+        known = [position.name for position in network.chain.positions]
+        chosen = chosen_positions(known, self._positions)
+        if not chosen:
+            raise ConfigError(
+                f"{argument('positions', self._positions)}: {name} has none of these; it has {', '.join(known)}"
+            )
+        return ensure_store(
+            path,
+            self._dataset,
+            network,
+            device=self._device,
+            positions=chosen,
+            report=report,
+            **self._options,
+        )
+
+
+def _indices(store: ActivationStore) -> set[int]:
+    """The positions that a store holds."""
+    return {position.index for position in store.positions}
 
 
 def open_fitting(path: FolderLike, identity: StoreIdentity, dataset: Dataset, *, content_only: bool) -> ActivationStore:
@@ -153,23 +199,29 @@ def open_fitting(path: FolderLike, identity: StoreIdentity, dataset: Dataset, *,
 
 @dataclass(frozen=True)
 class Block:
-    """Rows (N, H, W, C) of consecutive images at every position, in the memory of the host."""
+    """Rows (N, H, W, C) of consecutive images at some positions, by their index, in the memory of the host."""
 
-    representations: list[Tensor]
+    representations: dict[int, Tensor]
     copied: torch.cuda.Event | None
     """On CUDA: the moment from which the values are there."""
 
     def write(self, writer: StoreWriter, split: str, start: int) -> None:
-        """Write whole chunks at every position, from image ``start``."""
+        """Write whole chunks at these positions, from image ``start``."""
         if self.copied is not None:
             self.copied.synchronize()
-        for index, x_NHWC in enumerate(self.representations):
+        for index, x_NHWC in self.representations.items():
             writer.write(split, index, start, x_NHWC)
 
 
 @torch.no_grad()
-def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor | ImageFiles, dtype: torch.dtype) -> Block:
-    """Run images (N, H, W, 3), or files, through the network in batches.
+def forward_block(
+    frozen: FrozenNetwork,
+    network: Network,
+    images: Tensor | ImageFiles,
+    dtype: torch.dtype,
+    positions: Sequence[Position] | None = None,
+) -> Block:
+    """Run images (N, H, W, 3), or files, through the network in batches; what it gives at all positions, or at some.
 
     On CUDA this returns while the device still computes.
     """
@@ -177,10 +229,11 @@ def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor | Imag
     cuda = device.type == "cuda"
     # pinned memory and a second stream let the copies run beside the next batches
     copies = _copy_stream(device) if cuda else None
-    block = []
-    for position in frozen.positions:
+    positions = frozen.positions if positions is None else positions
+    block = {}
+    for position in positions:
         row = (*stored_size(position.rows), position.rows[0])
-        block.append(torch.empty(len(images), *row, dtype=dtype, pin_memory=cuda))
+        block[position.index] = torch.empty(len(images), *row, dtype=dtype, pin_memory=cuda)
     for start in range(0, len(images), PASS_IMAGES):
         batch = images[start : start + PASS_IMAGES]
         if isinstance(batch, ImageFiles):
@@ -188,11 +241,11 @@ def forward_block(frozen: FrozenNetwork, network: Network, images: Tensor | Imag
         elif cuda:
             batch = batch.pin_memory().to(device, non_blocking=True)
         raw = represent(frozen, network.record.transform, batch, stored=dtype, dtype=dtype)
-        outputs = [position.to_rows(x) for position, x in zip(frozen.positions, raw, strict=True)]
+        outputs = [position.to_rows(raw[position.index]) for position in positions]
         if copies is not None:
             copies.wait_stream(torch.cuda.current_stream(device))
         with nullcontext() if copies is None else torch.cuda.stream(copies):
-            for host, x_NHWC in zip(block, outputs, strict=True):
+            for host, x_NHWC in zip(block.values(), outputs, strict=True):
                 host[start : start + len(batch)].copy_(x_NHWC, non_blocking=cuda)
                 if copies is not None:
                     x_NHWC.record_stream(copies)

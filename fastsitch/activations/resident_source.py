@@ -10,7 +10,7 @@ from fastsitch.activations.image_order import ImageOrder
 from fastsitch.activations.representation_batch import Batch, Shape
 from fastsitch.activations.source import refuse_augmentation
 from fastsitch.activations.store import ActivationStore
-from fastsitch.chains.layout import elements, index_among_equal_shapes, stored_size
+from fastsitch.chains.layout import ABSENT, elements, index_among_equal_shapes, stored_size
 from fastsitch.chains.position import Position
 from fastsitch.errors import MemoryLimitError, argument
 from fastsitch.machine import available_memory
@@ -66,12 +66,14 @@ class ResidentSource:
         self.test = test
 
     @classmethod
-    def load(cls, store: ActivationStore, *, dtype: torch.dtype, device: torch.device) -> "ResidentSource":
-        """Read a whole store into the memory of ``device``, in the compute dtype.
+    def load(
+        cls, store: ActivationStore, *, dtype: torch.dtype, device: torch.device, chosen: Sequence[int] | None = None
+    ) -> "ResidentSource":
+        """Read a store, or its positions that are ``chosen``, into the memory of ``device``, in the compute dtype.
 
         Raises MemoryLimitError before anything is read when it does not fit.
         """
-        shapes: list[Shape] = [position.rows for position in store.positions]
+        shapes = store.shapes(chosen)
         needed = sum(map(elements, shapes)) * sum(store.sizes.values()) * dtype.itemsize
         available = available_memory(device)
         if needed > MEMORY_LIMIT * available:
@@ -129,6 +131,7 @@ def empty_stacks(
     return {
         shape: torch.empty(count, images, *stored_size(shape), shape[0], dtype=dtype, device=device)
         for shape, count in Counter(shapes).items()
+        if shape != ABSENT
     }
 
 
@@ -138,6 +141,8 @@ def _read_stacks(
     images = store.sizes[split]
     stacks = empty_stacks(shapes, images, dtype=dtype, device=device)
     for position, stack_index in enumerate(index_among_equal_shapes(shapes)):
+        if shapes[position] == ABSENT:
+            continue
         stack = stacks[shapes[position]][stack_index]
         for start in range(0, images, _READ_IMAGES):
             stop = min(start + _READ_IMAGES, images)

@@ -2,8 +2,8 @@
 
 Layout (docs/reference/files.md has it in full):
     manifest.json           written last; without a valid one the store does not exist
-    train/0, train/1, ...   one array per position, (N, H, W, C), about 4 MiB per chunk, whole images; tokens and
-                            vectors as fastsitch.chains.layout says
+    train/0, train/1, ...   one array per position that is stored, (N, H, W, C), about 4 MiB per chunk, whole images;
+                            tokens and vectors as fastsitch.chains.layout says
     train/labels, train/ids (N,) int64; the same under test/
 
 Every chunk ends in its own crc32c, which is verified whenever it is read; the manifest repeats size and checksum of
@@ -11,6 +11,7 @@ every file, so that missing, truncated and exchanged files are found when a stor
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,24 +21,32 @@ from torch import Tensor
 
 from fastsitch.activations.store_files import open_array
 from fastsitch.activations.store_manifest import STORED_AS, StoreIdentity, StoreManifest, remedy
+from fastsitch.chains.layout import ABSENT, Shape
 from fastsitch.chains.position import Position
 from fastsitch.errors import FastsitchError, StoreError
 from fastsitch.folders import Folder, FolderLike, as_folder
 
 
 class ActivationStore:
-    """A complete store, opened for reading. ``positions`` and ``sizes`` (images per split) describe it.
+    """A complete store, opened for reading. ``positions``, all or some of the network's, and ``sizes`` (images per
+    split) describe it.
 
     ``reads`` counts how often each chunk was read, by (array, number of the chunk), such as ("train/0", 3).
     """
 
     def __init__(
-        self, path: Folder, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+        self,
+        path: Folder,
+        identity: StoreIdentity,
+        positions: tuple[Position, ...],
+        sizes: dict[str, int],
+        position_count: int,
     ) -> None:
         self.path = path
         self.identity = identity
         self.positions = positions
         self.sizes = sizes
+        self.position_count = position_count
         self.reads: Counter[tuple[str, int]] = Counter()
         self._small: dict[str, Tensor] = {}
         self._arrays: dict[tuple[str, bool], Any] = {}
@@ -51,7 +60,15 @@ class ActivationStore:
         folder = as_folder(path)
         manifest = StoreManifest.read(folder)
         manifest.verify(folder)
-        return cls(folder, manifest.identity, manifest.positions, manifest.sizes)
+        return cls(folder, manifest.identity, manifest.positions, manifest.sizes, manifest.position_count)
+
+    def shapes(self, chosen: Sequence[int] | None = None) -> list[Shape]:
+        """The shape of every position of the network, ABSENT where it is not stored, or not among those ``chosen``."""
+        shapes = [ABSENT] * self.position_count
+        for position in self.positions:
+            if chosen is None or position.index in chosen:
+                shapes[position.index] = position.rows
+        return shapes
 
     @property
     def bytes(self) -> int:

@@ -82,6 +82,8 @@ class StoreManifest:
     """Images per split."""
     files: dict[str, list[int]]
     """Size in bytes and checksum of every file, by its name in the store."""
+    position_count: int
+    """Of the network, of which the store may hold some."""
 
     @classmethod
     def read(cls, folder: Folder) -> "StoreManifest":
@@ -94,6 +96,7 @@ class StoreManifest:
                     positions=tuple(Position.from_dict(entry) for entry in content["positions"]),
                     sizes=content["sizes"],
                     files=content["files"],
+                    position_count=content.get("position_count", len(content["positions"])),
                 )
             )
         except (KeyError, TypeError, ValueError, IndexError, NetworkError) as error:
@@ -111,6 +114,9 @@ class StoreManifest:
             "sizes": self.sizes,
             "files": self.files,
         }
+        # as it was when stores held all positions
+        if self.position_count != len(self.positions):
+            content["position_count"] = self.position_count
         folder.write(MANIFEST, json_bytes(with_hash(content, "manifest_hash")))
 
     def verify(self, folder: Folder) -> None:

@@ -33,12 +33,18 @@ class StoreWriter:
     """Writes a store into an empty folder; see :func:`writing`."""
 
     def __init__(
-        self, folder: Folder, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+        self,
+        folder: Folder,
+        identity: StoreIdentity,
+        positions: tuple[Position, ...],
+        sizes: dict[str, int],
+        position_count: int | None = None,
     ) -> None:
         self.folder = folder
         self.identity = identity
         self.positions = positions
         self.sizes = sizes
+        self._position_count = len(positions) if position_count is None else position_count
         self._stored_as = np.dtype(STORED_AS[identity.dtype])
         self._dtype = DTYPES[identity.dtype]
         compressors: list[Any] = [ZstdCodec(level=1)] if identity.compress == "zstd" else []
@@ -86,8 +92,9 @@ class StoreWriter:
         """
         values = x_NHWC.to(self._dtype).contiguous().cpu()
         if not bool(values.isfinite().all()):
+            (name,) = [position.name for position in self.positions if position.index == index]
             raise StoreError(
-                f"{self.identity.network} has values at position {self.positions[index].name} that "
+                f"{self.identity.network} has values at position {name} that "
                 f"{self.identity.dtype} cannot hold: use {argument('dtype', 'bf16')} or {argument('dtype', 'fp32')}, "
                 "or check whether its training diverged"
             )
@@ -113,7 +120,7 @@ class StoreWriter:
             expected = -(-array.shape[0] // array.chunks[0])
             if written != expected:
                 raise FailedError(f"{self.folder / name} has {written} of {expected} chunks: is the disk full?")
-        StoreManifest(self.identity, self.positions, self.sizes, files).write(self.folder)
+        StoreManifest(self.identity, self.positions, self.sizes, files, self._position_count).write(self.folder)
 
 
 _ARRAY_OPTIONS: dict[str, Any] = {
@@ -124,14 +131,20 @@ _ARRAY_OPTIONS: dict[str, Any] = {
 
 @contextmanager
 def writing(
-    path: FolderLike, identity: StoreIdentity, positions: tuple[Position, ...], sizes: dict[str, int]
+    path: FolderLike,
+    identity: StoreIdentity,
+    positions: tuple[Position, ...],
+    sizes: dict[str, int],
+    position_count: int | None = None,
 ) -> Iterator[StoreWriter]:
     """Write a store that is there when the block ends without an error, and only then.
+
+    Its ``positions`` are all of a network, or some of its ``position_count``.
 
     On a disk it is written aside and put at ``path`` by one rename. A bucket has no rename: there the manifest, which
     is written last, decides, and a store that is replaced is gone from the beginning. The caller holds the lock.
     """
     with as_folder(path).replacing() as folder:
-        writer = StoreWriter(folder, identity, positions, sizes)
+        writer = StoreWriter(folder, identity, positions, sizes, position_count)
         yield writer
         writer.finish()

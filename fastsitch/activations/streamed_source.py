@@ -13,7 +13,7 @@ from fastsitch.activations.resident_source import empty_stacks
 from fastsitch.activations.source import refuse_augmentation
 from fastsitch.activations.store import ActivationStore
 from fastsitch.activations.stream_plan import StreamPlan, stream_capacity
-from fastsitch.chains.layout import index_among_equal_shapes
+from fastsitch.chains.layout import ABSENT, index_among_equal_shapes
 
 READ_AHEAD = 2
 """Blocks that are read, or being read, and not yet copied to their slots."""
@@ -29,15 +29,25 @@ class StreamedSplit:
     is drawn. Iterators raise StoreError when they come to a damaged chunk.
     """
 
-    def __init__(self, store: ActivationStore, split: str, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        store: ActivationStore,
+        split: str,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
         self._store = store
         self._split = split
         self._dtype = dtype
         self._device = device
-        self._shapes = [position.rows for position in store.positions]
+        shapes = store.shapes(chosen)
+        self._held = [index for index, shape in enumerate(shapes) if shape != ABSENT]
+        self._shapes = [shapes[index] for index in self._held]
         self._stack_index = index_among_equal_shapes(self._shapes)
         # opens every array here: how it is read depends on a setting that belongs to no thread
-        self._chunk = max(store.chunk_images(split, index) for index in range(len(self._shapes)))
+        self._chunk = max(store.chunk_images(split, index) for index in self._held)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._kept: dict[Shape, Tensor] = {}
         self.labels = store.labels(split).to(device)
@@ -93,7 +103,7 @@ class StreamedSplit:
 
     def _read(self, block: tuple[int, int]) -> _Block:
         """In the thread: a block at every position, on the device, in the store's dtype."""
-        values = [self._store.read(self._split, index, *block) for index in range(len(self._shapes))]
+        values = [self._store.read(self._split, index, *block) for index in self._held]
         if self._copies is None:
             return values, None
         with torch.cuda.stream(self._copies):
@@ -115,10 +125,13 @@ class StreamedSplit:
 class StreamedSource:
     """Both splits of one sender, read from its store in every pass; ``shapes`` lists the shape of every position."""
 
-    def __init__(self, store: ActivationStore, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.shapes: Sequence[Shape] = [position.rows for position in store.positions]
-        self.train = StreamedSplit(store, "train", dtype=dtype, device=device)
-        self.test = StreamedSplit(store, "test", dtype=dtype, device=device)
+    def __init__(
+        self, store: ActivationStore, *, dtype: torch.dtype, device: torch.device, chosen: Sequence[int] | None = None
+    ) -> None:
+        self.shapes: Sequence[Shape] = store.shapes(chosen)
+        self.train, self.test = (
+            StreamedSplit(store, split, dtype=dtype, device=device, chosen=chosen) for split in ("train", "test")
+        )
 
 
 def pinned(x: Tensor) -> Tensor:

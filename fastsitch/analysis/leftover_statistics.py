@@ -42,7 +42,7 @@ def leftover_accuracy(
     when a run is of another kind, or both share no such cell or stitched other networks or images.
     """
     shared = _shared_units(vanilla, matched)
-    workbench = Workbench.open(root, vanilla, device, matched.resolved.source)
+    workbench = Workbench.open(root, vanilla, device, matched.resolved.source_of)
     accuracies: dict[Pair, NDArray[np.float64]] = {}
     for sender in dict.fromkeys(unit.sender_network for unit in shared):
         source, _, origin = workbench.representations.sender(sender)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsitch.activations.image_order import ImageOrder
-from fastsitch.activations.represent import PASS_IMAGES, represent
+from fastsitch.activations.represent import represent
 from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.data import Dataset, Split, Transform, load_dataset
 from fastsitch.identity import torch_generator
@@ -106,7 +106,7 @@ def make_bench_pair(
 
 
 def _first(split: Split, images: int) -> Split:
-    return Split(split.pixels[:images], split.labels[:images])
+    return Split(split[:images].pixels, split.labels[:images])
 
 
 def _network(name: str, width: int, data: Dataset, device: torch.device, steps: int) -> SmallResNet:
@@ -126,7 +126,6 @@ def _network(name: str, width: int, data: Dataset, device: torch.device, steps: 
 def _representations(network: FrozenNetwork, data: Dataset, split: Split) -> list[Tensor]:
     transform = Transform(data.normalisation)
     passes = [
-        represent(network, transform, images, stored=network.dtype, dtype=network.dtype)
-        for images in torch.split(split.pixels, PASS_IMAGES)
+        represent(network, transform, images, stored=network.dtype, dtype=network.dtype) for images in split.blocks()
     ]
     return [torch.cat(blocks) for blocks in zip(*passes, strict=True)]

@@ -14,6 +14,7 @@ from fastsitch.benchmark.timing_rounds import Spread, alternate, ratios
 from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.machine import available_memory
 from fastsitch.planning.group_memory import StepKind, group_memory
+from fastsitch.progress import Report, ignore
 from fastsitch.stitching.cells import Cell, split_groups
 
 _MEMORY_SHARE = 0.5
@@ -81,7 +82,7 @@ def measure_groups(
     pair: BenchPair,
     group_sizes: Sequence[int],
     repeats: int,
-    progress: Callable[[int, int], None] | None = None,
+    report: Report = ignore,
 ) -> list[GroupMeasure]:
     """Every group size in every round, alternating with its bare convolutions, after a warm-up round; then the parts.
 
@@ -96,7 +97,7 @@ def measure_groups(
         batches = pair.batches(_steps(size))
         works[f"step {size}"] = lambda engine=engine, batches=batches: engine.run(batches)  # type: ignore[misc]
         works[f"bare {size}"] = lambda bare=bare, batches=batches: bare.run(len(batches))  # type: ignore[misc]
-    times = alternate(works, repeats + 1, pair.device, progress)
+    times = alternate(works, repeats + 1, pair.device, report)
     works.clear()
     pools.clear()
     return [

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -89,33 +88,34 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
     compiled = resolve_compile(config.compile, torch_device)
     dtype = DTYPES[precision]
 
-    def report_stage(what: str, done: int, total: int) -> None:
-        report(Progress(done, total, "measurements", f"bench: {what}"))
+    def stage(what: str) -> Report:
+        return lambda progress: report(replace(progress, unit="measurements", task=f"bench: {what}"))
 
     scratch = scratch_folder(root.path)
-    report_stage("check", 0, 2)
+    check, ceilings = stage("check"), stage("ceilings")
+    check(Progress(0, 2))
     exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
     if dtype == torch.bfloat16:
         require_right_convolutions(torch_device)
     pair = _bench_pair(config, dtype, torch_device, kernel, compiled == "on")
-    report_stage("check", 1, 2)
+    check(Progress(1, 2))
     agreements = accuracy_agreement(pair, exact)
 
     sizes = _group_sizes(pair, config)
     counts = [sum(cell.j == j for cell in pair.cells) for j in range(len(pair.frozen.positions))]
-    report_stage("ceilings", 0, 3)
+    ceilings(Progress(0, 3))
     ceiling = measure_ceiling(pair.receiver, counts, config.batch_size, dtype, torch_device, config.repeats)
-    report_stage("ceilings", 1, 3)
+    ceilings(Progress(1, 3))
     bandwidths = {"copy": copy_bandwidth(torch_device, config.repeats)}
-    report_stage("ceilings", 2, 3)
+    ceilings(Progress(2, 3))
     bandwidths |= store_speeds(scratch, pair.frozen.positions, config.repeats)
-    groups = measure_groups(pair, sizes, config.repeats, partial(report_stage, "group sizes"))
-    peers = time_peers(pair, agreements, config.repeats, partial(report_stage, "peers")) if config.peers else []
-    report_stage("projection", 0, 1)
+    groups = measure_groups(pair, sizes, config.repeats, stage("group sizes"))
+    peers = time_peers(pair, agreements, config.repeats, stage("peers")) if config.peers else []
+    stage("projection")(Progress(0, 1))
     unit = len(pair.cells)
     whole = min(groups, key=lambda measure: abs(math.log(measure.group_size / unit)))
     projection = project(whole.fraction.median, dtype, torch_device, config.repeats)
-    tuning = _tune(pair, config, groups, precision, compiled, report_stage) if config.tune else None
+    tuning = _tune(pair, config, groups, precision, compiled, stage) if config.tune else None
     return BenchResult(
         config=config,
         command=config.command(root.path, device),
@@ -172,7 +172,7 @@ def _tune(
     groups: list[GroupMeasure],
     precision: str,
     compiled: Compile,
-    report_stage: Callable[[str, int, int], None],
+    stage: Callable[[str], Report],
 ) -> Tuning:
     """The fastest group size and, with CUDA, whether to compile: both were measured on one machine in one process."""
     rates = {str(measure.group_size): measure.rate.median for measure in groups}
@@ -185,7 +185,7 @@ def _tune(
     if pair.device.type == "cuda":
         other: Compile = "off" if compiled == "on" else "on"
         changed = _bench_pair(config, pair.dtype, pair.device, pair.kernel, other == "on")
-        again = measure_groups(changed, [best.group_size], config.repeats, partial(report_stage, f"compile {other}"))[0]
+        again = measure_groups(changed, [best.group_size], config.repeats, stage(f"compile {other}"))[0]
         rates[f"compile {compiled}"], rates[f"compile {other}"] = best.rate.median, again.rate.median
         choice = other if again.rate.median > best.rate.median else compiled
     return Tuning(

@@ -9,6 +9,7 @@ from fastsitch.benchmark.agreement import ENGINE, PEERS, Agreement, Trainer
 from fastsitch.benchmark.bench_pair import BenchPair
 from fastsitch.benchmark.timed_engine import Engine
 from fastsitch.benchmark.timing_rounds import Spread, alternate, ratios
+from fastsitch.progress import Report, ignore
 from fastsitch.stitching.engine import train_group
 from fastsitch.stitching.recipe import STITCH_RECIPES, TrainingRecipe
 from fastsitch.timing import seconds
@@ -37,7 +38,7 @@ def time_peers(
     pair: BenchPair,
     agreements: Mapping[str, Agreement],
     repeats: int,
-    progress: Callable[[int, int], None] | None = None,
+    report: Report = ignore,
 ) -> list[PeerMeasure]:
     """Time the engine, a whole training with evaluation, and every peer in ``agreements``; the engine comes first."""
     cells = pair.cells
@@ -55,7 +56,7 @@ def time_peers(
     source, recipe = _short_training(pair)
     steps[SWEEP] = len(source.train) // recipe.batch_size
     works[SWEEP] = lambda: train_group(pair.frozen, source, cells, recipe, ImageOrder(seed=0), kernel=pair.kernel)
-    times = alternate(works, repeats, pair.device, progress)
+    times = alternate(works, repeats, pair.device, report)
     samples = len(cells) * pair.batch_size
     per_step = {name: [time / steps[name] for time in rounds] for name, rounds in times.items()}
     return [

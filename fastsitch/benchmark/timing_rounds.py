@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from fastsitch.kernels.cuda_graph import record
+from fastsitch.progress import Progress, Report, ignore
 from fastsitch.timing import seconds
 
 
@@ -34,7 +35,7 @@ def alternate(
     works: Mapping[str, Callable[[], object]],
     rounds: int,
     device: torch.device,
-    progress: Callable[[int, int], None] | None = None,
+    report: Report = ignore,
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round; in a round each is called once, so that drift meets all alike.
 
@@ -46,8 +47,7 @@ def alternate(
         for name, work in works.items():
             times[name].append(seconds(work, device))
             done += 1
-            if progress is not None:
-                progress(done, rounds * len(works))
+            report(Progress(done, rounds * len(works), "measurements"))
     return times
 
 

@@ -113,6 +113,7 @@ class Chain(nn.Module):
         positions: Sequence[str] | str | None = None,
         layouts: Mapping[str, Layout] | None = None,
         output: str | int | None = None,
+        logits: bool = True,
     ) -> "Chain":
         """Make a chain of any network that torch.fx or torch.export can trace; a Chain comes back as it is.
 
@@ -129,6 +130,7 @@ class Chain(nn.Module):
             layouts: by name of the position, where the one that was found is wrong.
             output: name or index of the logits, for a network that returns several tensors; None: ``logits``, then
                 ``out``, then the first tensor (B, classes).
+            logits: whether they are logits; False for features (B, D) of a network that is to be a sender.
 
         Returns:
             The chain, in eval mode.
@@ -142,7 +144,7 @@ class Chain(nn.Module):
             require_weights([model], what)
             require_no_first_pass([model], _as_weights(example_input, [model]), what)
         chain = cut_chain(cls, model, example_input, positions, layouts, output)
-        vet_chain(chain, what)
+        vet_chain(chain, what, logits=logits)
         return chain if chain is model else chain.eval()
 
     @classmethod

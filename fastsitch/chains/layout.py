@@ -80,6 +80,10 @@ def token_layout(tokens: int, image_size: tuple[int, int], most_prefix_tokens: i
     return None
 
 
+ABSENT: Shape = (0, 0, 0)
+"""In place of the shape of a position that is not held: no position has it."""
+
+
 def index_among_equal_shapes(shapes: Sequence[Shape]) -> list[int]:
     """For every position, which of the positions of its shape it is: where it lies in their stack."""
     seen: Counter[Shape] = Counter()

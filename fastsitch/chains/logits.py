@@ -36,6 +36,11 @@ def logits_key(outputs: Any, what: str, output: str | int | None = None) -> str 
     return found[0]
 
 
+def output_part(outputs: Any, key: str | None) -> Any:
+    """What :func:`logits_key` found in what a network returns."""
+    return outputs if key is None else _parts(outputs)[key]
+
+
 def returning_logits(model: nn.Module, key: str | None) -> nn.Module:
     """The same module, which from now on returns this part of its outputs; names of its weights stay as they are."""
     if key is not None:

@@ -1,7 +1,9 @@
 """A point at which a network can be cut, and how the representation there is stored in memory."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -113,3 +115,10 @@ class Position:
             return self.grid
         side = math.isqrt(max(0, self.shape[0] - self.prefix_tokens))
         return side, side
+
+
+def chosen_positions(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
+    """The positions whose names match one of the patterns, by index; all where there is no pattern."""
+    return [
+        k for k, name in enumerate(names) if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
+    ]

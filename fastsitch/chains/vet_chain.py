@@ -37,8 +37,8 @@ OTHER_OUTPUTS = (
 """What errors say of a network whose two passes differ."""
 
 
-def vet_chain(chain: "Chain", what: str) -> None:
-    """Check that a chain gives one answer for an image, whatever else is in its batch, and that it ends in logits.
+def vet_chain(chain: "Chain", what: str, *, logits: bool = True) -> None:
+    """Check that a chain gives one answer for an image, whatever else is in its batch, and, if so, ends in ``logits``.
 
     Runs the chain in eval mode on four images, then on three of them in another order; small ones also in a batch of
     twenty. Raises NetworkError, in which the network is called ``what``.
@@ -67,7 +67,8 @@ def vet_chain(chain: "Chain", what: str) -> None:
                     f"{name} {what} gives an image other values beside other images of its batch; expected every image "
                     "by itself in eval mode, such as BatchNorm with track_running_stats=True"
                 )
-    check_logits(chain, first[-1], what)
+    if logits:
+        check_logits(chain, first[-1], what)
 
 
 def _require_no_chance(before: Tensor, what: str) -> None:

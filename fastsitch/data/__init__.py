@@ -1,6 +1,6 @@
 """Data sets as uint8 tensors in memory."""
 
-from fastsitch.data.dataset import Dataset, Normalisation, Split, Whole
+from fastsitch.data.dataset import Dataset, Split, Whole
 from fastsitch.data.dataset_name import (
     canonical_dataset,
     dataset_folder,
@@ -10,6 +10,7 @@ from fastsitch.data.dataset_name import (
 )
 from fastsitch.data.image_files import ImageFiles
 from fastsitch.data.known_sizes import SIZES, DatasetSize
+from fastsitch.data.normalisation import Normalisation
 from fastsitch.data.preprocessing import Preprocessing
 from fastsitch.data.random_views import Views
 from fastsitch.data.read_dataset import dataset_size, load_dataset

@@ -1,6 +1,7 @@
-"""A data set in memory: uint8 images and labels, normalised on the device when they are used."""
+"""A data set: uint8 images, in memory or in files, and labels; normalised on the device when they are used."""
 
 import hashlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -9,43 +10,10 @@ from torch import Tensor
 
 from fastsitch.data.grey import grey
 from fastsitch.data.image_files import ImageFiles
-from fastsitch.errors import ConfigError
+from fastsitch.data.normalisation import Normalisation, PixelCounts, normalisation_of
 
-_COUNTED_PIXELS = 1 << 24
-
-
-@dataclass(frozen=True)
-class Normalisation:
-    """Mean and standard deviation of every channel, of pixels in [0, 1].
-
-    Attributes:
-        mean: one number per channel.
-        std: one number above 0 per channel.
-
-    Raises:
-        ConfigError: they differ in length, or a standard deviation is not above 0.
-    """
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not all(0 < value < float("inf") for value in self.std):
-            raise ConfigError(
-                f"mean {self.mean}, std {self.std}: expected a mean and a std above 0 for every channel, of pixels in "
-                "[0, 1]"
-            )
-
-    def apply(self, images_NHWC: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """uint8 (N, H, W, C) -> normalised (N, C, H, W) in channels-last memory, on the images' device."""
-        x = images_NHWC.permute(0, 3, 1, 2).to(torch.float32)
-        mean = torch.tensor(self.mean, device=x.device).view(1, -1, 1, 1)
-        std = torch.tensor(self.std, device=x.device).view(1, -1, 1, 1)
-        return ((x / 255 - mean) / std).to(dtype)
-
-    def invert(self, x_NCHW: Tensor) -> Tensor:
-        """Pixels (N, H, W, C) of normalised images, 0 black and 1 white; not clamped, in the dtype of x."""
-        return x_NCHW.permute(0, 2, 3, 1) * x_NCHW.new_tensor(self.std) + x_NCHW.new_tensor(self.mean)
+_BLOCK = 256
+"""Images that are decoded, counted and hashed at a time."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +32,32 @@ class Split:
         return len(self.labels)
 
     @property
-    def pixels(self) -> Tensor:
-        """The images as uint8 (N, H, W, 3); raises DataError where they have several sizes."""
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of all images; None where they differ."""
         if isinstance(self.images, ImageFiles):
-            raise self.images.of_several_sizes()
-        return self.images
+            return self.images.size
+        return self.images.shape[1], self.images.shape[2]
+
+    @property
+    def image_bytes(self) -> int:
+        """Memory that an image takes, in bytes; none where it stays in its file."""
+        return 0 if isinstance(self.images, ImageFiles) else self.images[0].numel()
+
+    @property
+    def pixels(self) -> Tensor:
+        """All images as uint8 (N, H, W, 3), decoded where need be; raises DataError where they have several sizes."""
+        return self.images.read(None) if isinstance(self.images, ImageFiles) else self.images
+
+    def blocks(self) -> Iterator[Tensor]:
+        """The images in order, some at a time, uint8 (n, H, W, 3); raises DataError where they have several sizes."""
+        if isinstance(self.images, ImageFiles):
+            self.images.announce()
+        for start in range(0, len(self), _BLOCK):
+            yield self[start : start + _BLOCK].pixels
+
+    def __getitem__(self, index: Tensor | slice) -> "Split":
+        """Some of the images; those in files are not decoded."""
+        return Split(self.images[index], self.labels[index])
 
     def to(self, device: torch.device) -> "Split":
         """The same images on another device."""
@@ -98,7 +87,8 @@ class Dataset:
         classes: how many different labels there are, 0 ... classes - 1.
         class_names: one for every label, where they are known: names of folders, or labels that are texts.
         whole: what it is a subset of; None: it is no subset.
-        files_hash: of images in files: sha256 over their names, labels and bytes.
+        files_hash: of images of several sizes: sha256 over the names, labels and bytes of their files.
+        content: what is known of all pixels without looking at them; None: it is found when it is asked for.
     """
 
     name: str
@@ -108,11 +98,15 @@ class Dataset:
     class_names: tuple[str, ...] | None = None
     whole: Whole | None = None
     files_hash: str | None = None
+    content: "PixelFacts | None" = None
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
-        """Channels, height, width of an image."""
-        _, height, width, channels = self.train.pixels.shape
+        """Channels, height, width of an image; raises DataError where they have several sizes."""
+        images = self.train.images
+        if isinstance(images, ImageFiles):
+            return self.channels, *images.required_size
+        _, height, width, channels = images.shape
         return channels, height, width
 
     @property
@@ -123,30 +117,27 @@ class Dataset:
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of all images; None where they differ."""
-        return None if isinstance(self.train.images, ImageFiles) else self.input_shape[1:]
+        return self.train.size
 
     @cached_property
     def hash(self) -> str:
         """sha256 over all images and labels of both splits."""
         if self.files_hash is not None:
             return self.files_hash
-        digest = hashlib.sha256()
-        for split in (self.train, self.test):
-            digest.update(str(tuple(split.pixels.shape)).encode())
-            digest.update(split.pixels.cpu().contiguous().numpy().data)
-            digest.update(split.labels.cpu().contiguous().numpy().data)
-        return digest.hexdigest()
+        if self.content is not None:
+            return self.content.hash
+        return _look(self.train, self.test, None)
 
     @cached_property
     def normalisation(self) -> Normalisation:
         """Mean and standard deviation of the training images, from exact integer sums."""
-        return _statistics(self.train.pixels)
+        return self.content.normalisation if self.content is not None else normalisation_of(self.train.blocks())
 
     @cached_property
     def _grey_normalisation(self) -> Normalisation:
-        images = self.train.pixels
-        parts = torch.split(images, max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
-        return _statistics(torch.cat([grey(part) for part in parts]))
+        if self.content is not None:
+            return self.content.grey_normalisation
+        return normalisation_of(grey(block) for block in self.train.blocks())
 
     def normalisation_for(self, channels: int) -> Normalisation:
         """Mean and standard deviation of the training images as a network of so many channels sees them."""
@@ -157,17 +148,36 @@ class Dataset:
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
-def _statistics(images: Tensor) -> Normalisation:
-    mean, std = [], []
-    values = torch.arange(256, dtype=torch.float64) / 255
-    for channel in range(images.shape[-1]):
-        # some images at a time: counting takes four bytes per pixel
-        blocks = torch.split(images[..., channel], max(1, _COUNTED_PIXELS // images[0, ..., 0].numel()))
-        counted = [torch.bincount(block.reshape(-1).to(torch.int32), minlength=256) for block in blocks]
-        counts = torch.stack(counted).sum(0).double().cpu()
-        average = (counts @ values / counts.sum()).item()
-        variance = (counts @ (values - average) ** 2 / counts.sum()).item()
-        mean.append(round(average, 6))
-        # a channel without contrast is only shifted
-        std.append(round(variance**0.5, 6) or 1.0)
-    return Normalisation(tuple(mean), tuple(std))
+@dataclass(frozen=True)
+class PixelFacts:
+    """What one look at all images of a data set says: their hash, and mean and deviation of those for training."""
+
+    hash: str
+    normalisation: Normalisation
+    grey_normalisation: Normalisation
+
+    @classmethod
+    def of(cls, train: Split, test: Split) -> "PixelFacts":
+        """Decodes every image once, some at a time; raises DataError for one that cannot be."""
+        colours, brightness = PixelCounts(), PixelCounts()
+
+        def count(block: Tensor) -> None:
+            colours.add(block)
+            brightness.add(grey(block))
+
+        digest = _look(train, test, count)
+        return cls(digest, colours.normalisation(), brightness.normalisation())
+
+
+def _look(train: Split, test: Split, count: Callable[[Tensor], None] | None) -> str:
+    """sha256 over the images and labels of both splits; ``count`` gets those for training."""
+    digest = hashlib.sha256()
+    for split in (train, test):
+        height, width = split.size or (0, 0)
+        digest.update(str((len(split), height, width, 3)).encode())
+        for block in split.blocks():
+            digest.update(block.cpu().contiguous().numpy().data)
+            if count is not None and split is train:
+                count(block)
+        digest.update(split.labels.cpu().contiguous().numpy().data)
+    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Names of data sets: what is taken, and how it is read, is a part of the name, of which there is one spelling."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from pathlib import Path
@@ -24,27 +25,46 @@ _MOST = 10**9
 _FINEST = 1e-6
 """The smallest share to hold out: six decimals."""
 
-_PART = re.compile(r"(holdout|train|test)=(.*)", re.DOTALL)
+_KEYS = {
+    "npz": ("train", "test"),
+    "imagefolder": ("train", "test", "holdout"),
+    "hf": ("train", "test", "holdout", "image", "label"),
+}
+"""What can be said with ``@KEY=`` of files and folders."""
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_CONFIG = re.compile(r"[^<>:/\\|?*@]+")
+_REGISTERED = re.compile(r"[A-Za-z0-9_-]+")
+
+_EXPECTED_HF = "hf:ORG/NAME or hf:ORG/NAME:CONFIG of the Hugging Face hub, or hf:/DIR or hf:./DIR with parquet files"
 
 
 @dataclass(frozen=True)
 class DatasetName:
     """A data set by its parts; ``str`` is the name under which it is recorded.
 
-    Source: ``cifar10``, ``fashion-mini:5000``, ``npz:FILE`` or ``imagefolder:DIR@64@white@holdout=0.2``, each also with
-    ``@train=5000@test=1000`` behind it.
+    Source: ``cifar10``, ``fashion-mini:5000``, ``npz:FILE``, ``imagefolder:DIR@64@white@holdout=0.2``,
+    ``hf:ORG/NAME:CONFIG@64@image=COLUMN@label=COLUMN`` or ``python:NAME``, each also with ``@train=5000@test=1000``
+    behind it.
     """
 
     kind: str
-    """A key of SIZES, ``npz`` or ``imagefolder``."""
+    """A key of SIZES, ``npz``, ``imagefolder``, ``hf`` or ``python``."""
     path: Path | None = None
-    """Absolute; None for a named data set."""
+    """Absolute; None for a data set that has a name alone."""
+    called: str | None = None
+    """On the Hugging Face hub, or in this Python process."""
+    config: str | None = None
+    """Of a data set of the hub, or of parquet files; None: its only one, or its default."""
     first: int | None = None
     """Training images of a named data set; None: all."""
     side: int | None = None
     background: str = BLACK
     holdout: str | None = None
     """Share of the images of a folder without splits that are for the test, as a decimal number."""
+    image: str | None = None
+    label: str | None = None
+    """Columns of a data set of the hub; None: those that only they can be."""
     subset: Subset = field(default_factory=Subset)
 
     @classmethod
@@ -54,25 +74,43 @@ class DatasetName:
         if kind in SIZES:
             return _named(name, kind)
         kind, separator, location = name.partition(":")
-        if not separator or kind not in ("imagefolder", "npz") or not location:
+        if not separator or kind not in (*_KEYS, "python") or not location:
             raise DataError(
                 f"unknown data set {name!r}: expected {', '.join(SIZES)}, one of them with :N for its first N training "
-                "images, imagefolder:DIR, imagefolder:DIR@SIDE or npz:FILE; behind it, @train=N@test=N for some images"
+                "images, imagefolder:DIR, imagefolder:DIR@SIDE, npz:FILE or hf:NAME; behind it, @train=N@test=N for "
+                "some images"
             )
-        return _located(name, kind, str(expanded(location)))
+        if kind == "python":
+            return _registered(name, location)
+        # of other kinds a location is always a path
+        on_hub = kind == "hf" and re.match(r"[/~$]|\.\.?(/|$)", location) is None
+        return _located(name, kind, location if on_hub else str(expanded(location)), on_hub=on_hub)
 
     def __str__(self) -> str:
-        if self.path is None:
+        if self.kind in SIZES:
             return self.kind + ("" if self.first is None else f":{self.first}") + str(self.subset)
         return f"{self.kind}:{self._text}"
 
     @property
+    def source(self) -> str:
+        """What holds the images, whichever of them are taken: a path, or ``hf:ORG/NAME:CONFIG``."""
+        return f"hf:{self._location}" if self.kind == "hf" else self._location
+
+    @property
+    def _location(self) -> str:
+        config = "" if self.config is None else f":{self.config}"
+        return f"{self.called if self.path is None else self.path}{config}"
+
+    @property
     def _text(self) -> str:
-        """Of a file or folder: its path and all parts behind it."""
+        """Where it is and all parts behind it."""
         side = "" if self.side is None else f"@{self.side}"
         colour = "" if self.background == BLACK else f"@{self.background}"
         holdout = "" if self.holdout is None else f"@holdout={self.holdout}"
-        return f"{self.path}{side}{colour}{holdout}{self.subset}"
+        columns = "".join(
+            f"@{key}={column}" for key, column in (("image", self.image), ("label", self.label)) if column is not None
+        )
+        return f"{self._location}{side}{colour}{holdout}{columns}{self.subset}"
 
     @property
     def whole(self) -> "DatasetName":
@@ -83,17 +121,18 @@ class DatasetName:
     def folder(self) -> str:
         """The folder name under ``models/``, ``activations/`` and ``runs/``.
 
-        For files and image folders it is their name and a hash of their absolute path.
+        For all but named data sets it is their name and a hash of it, with the absolute path.
         """
-        if self.path is None:
+        if self.kind in SIZES:
             return str(self).replace(":", "-first").replace("@", "-").replace("=", "")
-        readable = self.path.stem + str(self.subset) if self.kind == "npz" else Path(self._text).name
+        is_file = self.kind == "npz" and self.path is not None
+        readable = self.path.stem + str(self.subset) if self.path and is_file else Path(self._text).name
         return f"{self.kind}-{re.sub(r'[^A-Za-z0-9_-]+', '-', readable)}-{stable_hash(self._text)[:8]}"
 
     @property
     def known_size(self) -> DatasetSize | None:
-        """The size of a named data set; None for files and folders. Raises DataError where it has too few images."""
-        if self.path is not None:
+        """The size of a named data set; None for all others. Raises DataError where it has too few images."""
+        if self.kind not in SIZES:
             return None
         size = SIZES[self.kind]
         return self.subset.of(size if self.first is None else replace(size, train=self.first), str(self))
@@ -106,21 +145,34 @@ def _named(name: str, kind: str) -> DatasetName:
         raise DataError(f"data set {name}: expected {kind}:N, the first N of its {size.train} training images")
     found: dict[str, str] = {}
     for part in parts:
-        key, value = _keyed(name, part) or ("", "")
-        if key not in ("train", "test"):
+        key, value = _keyed(name, part, _KEYS["npz"]) or ("", "")
+        if not key:
             raise DataError(f"data set {name}: expected @train=N or @test=N behind {kind}, found @{plain(part)}")
         _add(name, found, key, value)
     return DatasetName(kind, first=int(number) if first else None, subset=_subset(found))
 
 
-def _located(name: str, kind: str, location: str) -> DatasetName:
+def _registered(name: str, location: str) -> DatasetName:
+    called, *parts = location.split("@")
     found: dict[str, str] = {}
-    folders = kind == "imagefolder"
-    # a folder or file that has that very name comes first
-    while not (Path(location).is_dir() if folders else Path(location).exists()):
+    for part in parts:
+        key, value = _keyed(name, part, _KEYS["npz"]) or ("", "")
+        if not key:
+            raise DataError(f"data set {name}: expected @train=N or @test=N behind python:NAME, found @{plain(part)}")
+        _add(name, found, key, value)
+    if not _REGISTERED.fullmatch(called):
+        raise DataError(f"data set {name}: expected python:NAME with a name of letters, digits, _ and -")
+    return DatasetName("python", called=called, subset=_subset(found))
+
+
+def _located(name: str, kind: str, location: str, *, on_hub: bool = False) -> DatasetName:
+    found: dict[str, str] = {}
+    folders = kind != "npz"
+    # a folder or file that has that very name comes first; names on the hub have no @
+    while "@" in location and not _is_there(kind, location, on_hub=on_hub):
         rest, _, part = location.rpartition("@")
-        keyed = _keyed(name, part) if rest else None
-        if keyed is not None and (folders or keyed[0] != "holdout"):
+        keyed = _keyed(name, part, _KEYS[kind]) if rest else None
+        if keyed is not None:
             _add(name, found, *keyed)
         elif rest and folders and "side" not in found and _is_whole(part):
             found["side"] = part
@@ -131,23 +183,47 @@ def _located(name: str, kind: str, location: str) -> DatasetName:
         location = rest
     side = int(found["side"]) if "side" in found else None
     if side is not None and not 8 <= side <= _LARGEST_SIDE:
-        raise DataError(f"data set {name}: expected imagefolder:DIR@SIDE with a side of 8 to {_LARGEST_SIDE} pixels")
+        what = "imagefolder:DIR@SIDE" if kind == "imagefolder" else "hf:NAME@SIDE"
+        raise DataError(f"data set {name}: expected {what} with a side of 8 to {_LARGEST_SIDE} pixels")
+    place, config = _place(location, on_hub=on_hub) if kind == "hf" else (location, None)
+    if on_hub and not (_HUB.fullmatch(place) and (config is None or _CONFIG.fullmatch(config))):
+        raise DataError(f"data set {name}: expected {_EXPECTED_HF}")
     return DatasetName(
         kind,
-        Path(location).resolve(),
+        path=None if on_hub else Path(place).resolve(),
+        called=place if on_hub else None,
+        config=config,
         side=side,
         background=found.get("background", BLACK),
         holdout=found.get("holdout"),
+        image=found.get("image"),
+        label=found.get("label"),
         subset=_subset(found),
     )
 
 
-def _keyed(name: str, part: str) -> tuple[str, str] | None:
+def _is_there(kind: str, location: str, *, on_hub: bool) -> bool:
+    if kind == "hf":
+        return not on_hub and Path(_place(location, on_hub=False)[0]).is_dir()
+    return Path(location).is_dir() if kind == "imagefolder" else Path(location).exists()
+
+
+def _place(location: str, *, on_hub: bool) -> tuple[str, str | None]:
+    """``ORG/NAME:CONFIG`` or ``DIR:CONFIG`` in two; the whole is the folder where there is one of that very name."""
+    place, separator, config = location.partition(":") if on_hub else location.rpartition(":")
+    of_folder = Path(place).is_dir() and not Path(location).is_dir() and _CONFIG.fullmatch(config) is not None
+    return (place, config) if separator and (on_hub or of_folder) else (location, None)
+
+
+def _keyed(name: str, part: str, keys: Sequence[str]) -> tuple[str, str] | None:
     """``train=5000`` as key and value in its one spelling, None where it is none; raises DataError for a bad value."""
-    match = _PART.fullmatch(part)
-    if match is None:
+    key, separator, value = part.partition("=")
+    if not separator or key not in keys:
         return None
-    key, value = match.groups()
+    if key in ("image", "label"):
+        if not value:
+            raise DataError(f"data set {name}: expected @{key}=COLUMN")
+        return key, value
     if key == "holdout":
         if not re.fullmatch(r"0?\.[0-9]{1,6}", value) or not Decimal(value):
             raise DataError(f"data set {name}: expected @holdout=SHARE with a share between 0 and 1, such as 0.2")
@@ -174,7 +250,7 @@ def _subset(found: dict[str, str]) -> Subset:
 def known_size(name: str) -> DatasetSize | None:
     """The size of a named data set, of its first images (``fashion-mini:5000``) or of a subset of it.
 
-    None for files and folders; raises DataError when it has fewer images than that.
+    None for all others; raises DataError when it has fewer images than that.
     """
     return DatasetName.parse(name).known_size
 
@@ -227,10 +303,10 @@ def with_options(
     if holdout is not None and not _FINEST <= holdout <= 1 - _FINEST:
         raise ConfigError(f"{argument('holdout', holdout)}: expected a share between 0 and 1, such as 0.2")
     for key, why in (("background", "can be transparent"), ("holdout", "are split by it")):
-        if given[key] is not None and (dataset is None or not dataset.startswith("imagefolder:")):
+        if given[key] is not None and (dataset is None or not dataset.startswith(("imagefolder:", "hf:"))):
             raise ConfigError(
                 f"{argument(key, given[key])}: only images of a folder {why}; name it with "
-                f"{argument('dataset', 'imagefolder:DIR')}"
+                f"{argument('dataset', 'imagefolder:DIR')} or hf:NAME"
             )
     counts = {"train_images": train_images, "test_images": test_images}
     subset = Subset(*(None if count is None else require_whole(key, count, 1, _MOST) for key, count in counts.items()))

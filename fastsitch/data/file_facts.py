@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsitch.checked_files import DamagedFile, read_npz, require_arrays
+from fastsitch.data.table_rows import ImageFile
 from fastsitch.errors import ConfigError, DataError
 from fastsitch.files import write_npz
 from fastsitch.identity import stable_hash
@@ -41,7 +42,7 @@ class FileFacts:
 
 
 class FolderFacts:
-    """Facts of the files of one folder, as long as their sizes and times of modification are the same.
+    """Facts of the files of one folder, or rows of one table, as long as sizes and times of modification are the same.
 
     They are kept in a file in ``data_dir``, if the folder has a thousand files, and that can be written to; damaged or
     missing ones are found anew.
@@ -54,11 +55,11 @@ class FolderFacts:
         self._found: dict[str, tuple[int, int, FileFacts]] = {}
         self._changed = False
 
-    def of(self, file: Path, look: Callable[[Path], FileFacts]) -> FileFacts:
+    def of(self, file: ImageFile, look: Callable[[ImageFile], FileFacts]) -> FileFacts:
         """The facts of a file, by ``look`` where they are not known."""
         return self._get(file, look)
 
-    def digests(self, files: Iterable[Path], look: Callable[[Path], FileFacts]) -> list[bytes]:
+    def digests(self, files: Iterable[ImageFile], look: Callable[[ImageFile], FileFacts]) -> list[bytes]:
         """sha256 of the bytes of files; raises DataError for one that cannot be read."""
         found = []
         for file in files:
@@ -71,11 +72,17 @@ class FolderFacts:
             found.append(facts.digest)
         return found
 
+    def state(self, files: Iterable[ImageFile]) -> str | None:
+        """Hash over names, sizes and times of modification of files that were looked at; None: some still change."""
+        found = [(name, *self._found[name][:2]) for name in map(self._name, files)]
+        settled = _settled()
+        return None if any(modified >= settled for _, _, modified in found) else stable_hash(found)
+
     def save(self) -> None:
         """Keep what was found, beside what is known of other files of the folder."""
         if not self._changed or len(self._found) < _WORTH:
             return
-        settled = time.time_ns() - int(_SETTLED * 1e9)
+        settled = _settled()
         entries = {**self._known, **self._found}
         entries = {name: entry for name, entry in entries.items() if entry[1] < settled}
         try:
@@ -84,7 +91,7 @@ class FolderFacts:
         except (OSError, ConfigError) as error:
             log.debug("%s cannot be written: %s", self._path, error)
 
-    def _get(self, file: Path, look: Callable[[Path], FileFacts]) -> FileFacts:
+    def _get(self, file: ImageFile, look: Callable[[ImageFile], FileFacts]) -> FileFacts:
         name = self._name(file)
         if name in self._found:
             return self._found[name][2]
@@ -100,11 +107,16 @@ class FolderFacts:
         self._found[name] = known
         return known[2]
 
-    def _name(self, file: Path) -> str:
+    def _name(self, file: ImageFile) -> str:
         return str(file)[len(str(self._folder)) + 1 :]
 
 
-def _digest(file: Path) -> bytes:
+def _settled() -> int:
+    """Times of modification, in nanoseconds, before which a file that changes now has another one."""
+    return time.time_ns() - int(_SETTLED * 1e9)
+
+
+def _digest(file: ImageFile) -> bytes:
     try:
         with file.open("rb") as opened:
             return hashlib.file_digest(opened, "sha256").digest()

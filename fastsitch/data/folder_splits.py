@@ -4,12 +4,13 @@ import hashlib
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import features
 
 from fastsitch.data.subset import Subset, balanced
+from fastsitch.data.table_rows import ImageFile
 from fastsitch.errors import DataError, argument
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _KINDS = "png, jpg, webp, bmp, gif, tif, ppm or pgm"
 class FolderSplit:
     """The files of one split and their labels, by class and path."""
 
-    files: tuple[Path, ...]
+    files: tuple[ImageFile, ...]
     labels: tuple[int, ...]
     root: Path
     """The folder that the class folders are in."""
@@ -60,9 +61,12 @@ class FolderSplit:
         return self._at(balanced(self.labels, self.names, count).tolist())
 
     def _at(self, indices: list[int]) -> "FolderSplit":
-        return FolderSplit(
-            tuple(self.files[index] for index in indices), tuple(self.labels[index] for index in indices), self.root
-        )
+        files, labels = tuple(self.files[k] for k in indices), tuple(self.labels[k] for k in indices)
+        return replace(self, files=files, labels=labels)
+
+    def said(self, name: str) -> str:
+        """A class of this split, for messages."""
+        return str(self.root / name)
 
     def held_out(self, share: str, classes: tuple[str, ...]) -> "tuple[FolderSplit, FolderSplit]":
         """Training and test images: those are for the test whose name's sha256 is below the share of all values.
@@ -74,12 +78,13 @@ class FolderSplit:
             digest = hashlib.sha256(os.fsencode(f"{_SEED}:{name}")).digest()
             indices[int.from_bytes(digest[:8]) < float(share) * 2**64].append(index)
         train, test = map(self._at, indices)
+        known = set(self.labels)
         for kind, split in (("training", train), ("test", test)):
             present = set(split.labels)
             for label, name in enumerate(classes):
-                if label not in present:
+                if label not in present and label in known:
                     raise DataError(
-                        f"{self.root / name} has {self.labels.count(label)} images, of which "
+                        f"{self.said(name)} has {self.labels.count(label)} images, of which "
                         f"{argument('holdout', float(share))} makes none a {kind} image: add images to the class, or "
                         "choose another share"
                     )

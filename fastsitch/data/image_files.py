@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,16 +22,22 @@ _AHEAD_BYTES = 64 * 2**20
 
 
 class ImageReader:
-    """Decodes files in threads of its own; ``picture`` gives the image of a file, upright and in three channels."""
+    """Decodes files in threads of its own; ``picture`` gives the image of a file, upright and in three channels.
 
-    def __init__(self, files: Sequence[Path], picture: Callable[[Path], Image.Image]) -> None:
+    ``size`` is the height and width that all of them have; None: they have several.
+    """
+
+    def __init__(
+        self, files: Sequence[Any], picture: Callable[[Any], Image.Image], size: tuple[int, int] | None = None
+    ) -> None:
         self.files = files
+        self.size = size
         self._picture = picture
         self._lock = threading.Lock()
         self._pool: ThreadPoolExecutor | None = None
         self._order: Sequence[int] = range(len(files))
         self._places: dict[int, int] | None = None
-        self._ahead: dict[Preprocessing, dict[int, Future[Tensor]]] = {}
+        self._ahead: dict[Preprocessing | None, dict[int, Future[Tensor]]] = {}
 
     def announce(self, order: Sequence[int]) -> None:
         """The images that will be read next, in this order; without it they are expected as they lie."""
@@ -39,12 +45,15 @@ class ImageReader:
             self._order = order
             self._places = {index: place for place, index in enumerate(order)}
 
-    def read(self, indices: Sequence[int], preprocessing: Preprocessing) -> Tensor:
-        """uint8 (n, H, W, 3) of some images; decoding goes on with those that come next."""
+    def read(self, indices: Sequence[int], preprocessing: Preprocessing | None) -> Tensor:
+        """uint8 (n, H, W, 3) of some images; decoding goes on with those that come next.
+
+        Without a preprocessing they need one size.
+        """
         with self._lock:
             ahead = self._ahead.pop(preprocessing, {})
             asked = [self._of(index, preprocessing, ahead) for index in indices]
-            height, width = preprocessing.crop
+            height, width = self._size(preprocessing)
             count = min(2 * len(indices), _AHEAD_BYTES // (3 * height * width))
             # what was expected and did not come is dropped
             self._ahead[preprocessing] = {
@@ -58,13 +67,28 @@ class ImageReader:
         place = last if self._places is None else self._places.get(last, len(self._order))
         return self._order[place + 1 : place + 1 + count]
 
-    def _of(self, index: int, preprocessing: Preprocessing, ahead: dict[int, Future[Tensor]]) -> Future[Tensor]:
+    def _of(self, index: int, preprocessing: Preprocessing | None, ahead: dict[int, Future[Tensor]]) -> Future[Tensor]:
         """Taken from those that are decoded ahead, or begun now."""
         if index in ahead:
             return ahead.pop(index)
         if self._pool is None:
             self._pool = ThreadPoolExecutor(_threads(), "decode")
-        return self._pool.submit(lambda: pixels(preprocessing.shown(self._picture(self.files[index]))))
+        return self._pool.submit(self._decode, index, preprocessing)
+
+    def _decode(self, index: int, preprocessing: Preprocessing | None) -> Tensor:
+        picture = self._picture(self.files[index])
+        if self.size not in (None, (picture.height, picture.width)):
+            height, width = self.size
+            raise DataError(
+                f"{self.files[index]} changed while it was read: expected {width}x{height}, found "
+                f"{picture.width}x{picture.height}"
+            )
+        return pixels(picture if preprocessing is None else preprocessing.shown(picture))
+
+    def _size(self, preprocessing: Preprocessing | None) -> tuple[int, int]:
+        size = self.size if preprocessing is None else preprocessing.crop
+        assert size is not None
+        return size
 
 
 @dataclass(frozen=True)
@@ -78,9 +102,27 @@ class ImageFiles:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
-    def of(cls, files: Sequence[Path], picture: Callable[[Path], Image.Image], sizes: str) -> "ImageFiles":
+    def of(
+        cls,
+        files: Sequence[Any],
+        picture: Callable[[Any], Image.Image],
+        sizes: str = "",
+        size: tuple[int, int] | None = None,
+    ) -> "ImageFiles":
         """All of some files."""
-        return cls(ImageReader(files, picture), torch.arange(len(files)), sizes)
+        return cls(ImageReader(files, picture, size), torch.arange(len(files)), sizes)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of all images; None where they differ."""
+        return self.reader.size
+
+    @property
+    def required_size(self) -> tuple[int, int]:
+        """The same; raises DataError where they differ."""
+        if self.size is None:
+            raise self.of_several_sizes()
+        return self.size
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -99,14 +141,14 @@ class ImageFiles:
     def of_several_sizes(self) -> DataError:
         """What to say where images of one size are needed."""
         return DataError(
-            f"{self.sizes}: expected images of one size; resize them first, let imagefolder:DIR@SIDE crop and resize "
-            "them to squares, or take networks with a preprocessing of their own (add --pretrained)"
+            f"{self.sizes}: expected images of one size; resize them first, let imagefolder:DIR@SIDE (or hf:NAME@SIDE) "
+            "crop and resize them to squares, or take networks with a preprocessing of their own (add --pretrained)"
         )
 
     def read(self, preprocessing: Preprocessing | None) -> Tensor:
-        """uint8 (n, H, W, 3), on the device; raises DataError without a preprocessing that gives them one size."""
+        """uint8 (n, H, W, 3), on the device; raises DataError where nothing gives them one size."""
         if preprocessing is None:
-            raise self.of_several_sizes()
+            _ = self.required_size
         x = self.reader.read(self.chosen.tolist(), preprocessing)
         return x.to(self.device) if self.device.type == "cpu" else x.pin_memory().to(self.device, non_blocking=True)
 

@@ -1,32 +1,23 @@
-"""Folders of images, one folder per class: checked first, then decoded one by one into one array."""
+"""Folders of images, one folder per class, and tables of them: checked before any is decoded."""
 
 import logging
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fastsitch.data.dataset_name import DatasetName
 from fastsitch.data.file_facts import FileFacts, FolderFacts
-from fastsitch.data.file_formats import Arrays, padding
+from fastsitch.data.file_formats import padding
 from fastsitch.data.folder_splits import FolderSplit, find_splits
 from fastsitch.data.image_files import ImageFiles, files_hash
 from fastsitch.data.picture_modes import as_rgb, has_alpha, opened, require_known_pixels, upright_size
-from fastsitch.errors import DataError, MemoryLimitError, argument
-from fastsitch.files import free_space, naming
-from fastsitch.machine import available_memory
+from fastsitch.data.table_rows import ImageFile, Row
+from fastsitch.data.table_splits import find_rows
+from fastsitch.identity import stable_hash
 
 log = logging.getLogger(__name__)
-
-MEMORY_SHARE = 0.5
-"""Share of the free memory that pixels may take; beyond it they are kept in a file on disk that only this process sees
-and that is gone when it ends."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +52,14 @@ class ImageFolder:
         height, width = self.padded_size
         return 3 * height * width * (len(self.train.files) + len(self.test.files))
 
+    @property
+    def described(self) -> str:
+        """How many images of which size, and the memory that their pixels take."""
+        assert self.size is not None
+        count, (height, width) = len(self.train.files) + len(self.test.files), self.size
+        size = f"{self.bytes / 1e9:.1f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
+        return f"{count} images of {width}x{height} in {len(self.classes)} classes take {size} as pixels"
+
     @classmethod
     def scan(cls, name: DatasetName, data_dir: Path) -> "ImageFolder":
         """Find the images of a folder with their classes, and look at the heads of those that are taken.
@@ -71,89 +70,63 @@ class ImageFolder:
         :func:`find_splits`), too few images for the subset, and images that cannot be opened, have pixels of another
         kind than 8 or 16 bits or, without a side, more than one size.
         """
-        assert name.path is not None
-        train, test, classes = find_splits(name.path, name.holdout)
+        train, test, classes = _splits(name)
         train, test = (
             split.some(which, name.subset, len(classes), str(name))
             for which, split in (("train", train), ("test", test))
         )
-        facts = FolderFacts(name.path, data_dir)
+        facts = FolderFacts(Path(name.source), data_dir)
         size, sizes = _common_size([*train.files, *test.files], name, facts)
         facts.save()
         return cls(name, train, test, classes, size, sizes, facts)
 
     def files(self) -> tuple[ImageFiles, ImageFiles]:
-        """The images as they lie in their files, training and test; none is decoded yet."""
-        train, test = (ImageFiles.of(split.files, self._picture, self.sizes) for split in (self.train, self.test))
+        """The images as they lie in their files, training and test, 28x28 ones to be padded; none is decoded yet."""
+        size = self.padded_size
+        picture = self._picture if size is None else self._in_one_size
+        train, test = (ImageFiles.of(split.files, picture, self.sizes, size) for split in (self.train, self.test))
         return train, test
+
+    def signature(self) -> str | None:
+        """Of everything that the pixels depend on: names, labels, sizes and times of files; None: they still change."""
+        assert self.facts is not None
+        state = self.facts.state([*self.train.files, *self.test.files])
+        return None if state is None else stable_hash([str(self.name), state, self.train.labels, self.test.labels])
 
     def hash(self) -> str:
         """sha256 over the names, labels and bytes of all files; they are read where they have changed since."""
-        assert self.name.path is not None
         assert self.facts is not None
         files = [*self.train.files, *self.test.files]
         digests = self.facts.digests(files, look_at)
         self.facts.save()
-        names = [file.relative_to(self.name.path).as_posix() for file in files]
+        folder = self.name.source
+        names = [file.name if isinstance(file, Row) else file.relative_to(folder).as_posix() for file in files]
         return files_hash(names, [*self.train.labels, *self.test.labels], digests)
 
-    def read(self, scratch: Path) -> tuple[Arrays, Arrays]:
-        """Decode all images as (N, H, W, 3), training and test; 28x28 ones are padded to 32x32.
-
-        Where they take more than half of the free memory, they are kept in a file in ``scratch``. Raises
-        MemoryLimitError before anything is decoded where the disk is too small as well, DataError naming the file for
-        an image that cannot be decoded.
-        """
-        limit = MEMORY_SHARE * available_memory(torch.device("cpu"))
-        on_disk = self.bytes > limit
-        where = f"a scratch file in {scratch}" if on_disk else "memory"
-        if on_disk and self.bytes > free_space(scratch):
-            raise MemoryLimitError(
-                f"{self.name.path}: {self._described}, but {limit / 1e9:.1f} GB of memory may be used and "
-                f"{free_space(scratch) / 1e9:.1f} GB of disk are free in {scratch}: use smaller images "
-                f"(imagefolder:DIR@SIDE), fewer of them, or another {argument('data_dir')}"
-            )
-        log.info("%s: %s, decoded into %s", self.name.path, self._described, where)
-        train, test = (self._read(split, scratch if on_disk else None) for split in (self.train, self.test))
-        return train, test
-
-    @property
-    def _described(self) -> str:
-        assert self.size is not None
-        count, (height, width) = len(self.train.files) + len(self.test.files), self.size
-        size = f"{self.bytes / 1e9:.1f} GB" if self.bytes >= 1e8 else f"{self.bytes / 1e6:.1f} MB"
-        return f"{count} images of {width}x{height} in {len(self.classes)} classes take {size} as pixels"
-
-    def _read(self, split: FolderSplit, scratch: Path | None) -> Arrays:
-        assert self.size is not None
-        height, width = self.size
-        pad = padding(height, width)
-        shape = (len(split.files), height + 2 * pad, width + 2 * pad, 3)
-        images = np.zeros(shape, np.uint8) if scratch is None else _array_on_disk(shape, scratch)
-        for image, file in zip(images, split.files, strict=True):
-            pixels = np.asarray(self._shown(self._picture(file)))
-            if pixels.shape != (height, width, 3):
-                found = f"{pixels.shape[1]}x{pixels.shape[0]}"
-                raise DataError(f"{file} changed while it was read: expected {width}x{height}, found {found}")
-            image[pad : pad + height, pad : pad + width] = pixels
-        return images, np.asarray(split.labels, np.int64)
-
-    def _picture(self, file: Path) -> Image.Image:
+    def _picture(self, file: ImageFile) -> Image.Image:
         """Upright and in three channels."""
         with opened(file) as picture:
             return as_rgb(picture, self.name.background)
 
-    def _shown(self, picture: Image.Image) -> Image.Image:
+    def _in_one_size(self, file: ImageFile) -> Image.Image:
+        picture = self._picture(file)
         side = self.name.side
-        if side is None:
-            return picture
-        from torchvision.transforms.v2 import functional
+        if side is not None:
+            from torchvision.transforms.v2 import functional
 
-        shown: Image.Image = functional.center_crop(functional.resize(picture, [side]), [side])
-        return shown
+            picture = functional.center_crop(functional.resize(picture, [side]), [side])
+        pad = padding(picture.height, picture.width)
+        return ImageOps.expand(picture, pad) if pad else picture
 
 
-def look_at(file: Path) -> FileFacts:
+def _splits(name: DatasetName) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
+    if name.kind == "hf":
+        return find_rows(name)
+    assert name.path is not None
+    return find_splits(name.path, name.holdout)
+
+
+def look_at(file: ImageFile) -> FileFacts:
     """The facts of an image file from its head; raises DataError, naming it, where it is none that can be read."""
     with opened(file) as picture:
         width, height = upright_size(picture)
@@ -163,12 +136,14 @@ def look_at(file: Path) -> FileFacts:
         return FileFacts(height, width, transparent, bool(getattr(picture, "is_animated", False)))
 
 
-def _common_size(files: Sequence[Path], name: DatasetName, facts: FolderFacts) -> tuple[tuple[int, int] | None, str]:
+def _common_size(
+    files: Sequence[ImageFile], name: DatasetName, facts: FolderFacts
+) -> tuple[tuple[int, int] | None, str]:
     """Height and width of all images, or None and a line on two that differ."""
     sizes = ""
-    first: tuple[Path, FileFacts] | None = None
-    transparent: list[Path] = []
-    moving: list[Path] = []
+    first: tuple[ImageFile, FileFacts] | None = None
+    transparent: list[ImageFile] = []
+    moving: list[ImageFile] = []
     for file in files:
         seen = facts.of(file, look_at)
         if seen.transparent:
@@ -193,13 +168,3 @@ def _common_size(files: Sequence[Path], name: DatasetName, facts: FolderFacts) -
     if name.side is not None:
         return (name.side, name.side), ""
     return (None, sizes) if sizes else ((first[1].height, first[1].width), "")
-
-
-def _array_on_disk(shape: tuple[int, ...], folder: Path) -> NDArray[np.uint8]:
-    """An array of zeros in a file without a name, which the system removes when the array or the process ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder), tempfile.TemporaryFile(dir=folder) as file:
-        if hasattr(os, "posix_fallocate"):
-            # a disk that fills up later would end the process
-            os.posix_fallocate(file.fileno(), 0, int(np.prod(shape, dtype=np.int64)))
-        return np.memmap(file, np.uint8, "r+", shape=shape)

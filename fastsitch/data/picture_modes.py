@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from fastsitch.data.background import rgb
+from fastsitch.data.table_rows import ImageFile, Row
 from fastsitch.errors import DataError
 
 _EIGHT_BITS = ("1", "L", "LA", "RGB", "RGBA", "RGBX", "P", "PA", "CMYK", "YCbCr")
@@ -21,20 +21,26 @@ _PHOTOMETRIC = 262
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
+def opened(file: ImageFile) -> Iterator[Image.Image]:
     """An image file; whatever is wrong with it, also while it is decoded later, is a DataError that names it."""
+    with decoding(file), Image.open(file.open() if isinstance(file, Row) else file) as picture:
+        yield picture
+
+
+@contextmanager
+def decoding(said: object) -> Iterator[None]:
+    """Whatever is wrong with an image while it is decoded is a DataError that says which it is."""
     try:
-        with Image.open(file) as picture:
-            yield picture
+        yield
     except DataError:
         raise
     # what Pillow's decoders raise for broken files
     except (OSError, SyntaxError, ValueError, EOFError, OverflowError, Image.DecompressionBombError) as error:
-        raise DataError(f"cannot read {file} as an image ({error})") from None
+        raise DataError(f"cannot read {said} as an image ({error})") from None
 
 
-def require_known_pixels(picture: Image.Image, file: Path) -> None:
-    """Raise DataError for pixels whose black and white nothing tells, from the head of the file."""
+def require_known_pixels(picture: Image.Image, file: object) -> None:
+    """Raise DataError, naming the file, for pixels whose black and white nothing tells, from the head of the file."""
     if picture.mode in _EIGHT_BITS or _has_16_bits(picture):
         return
     kind = "I;12" if _is_packed(picture) else picture.mode

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastsitch.errors import ConfigError
 
 Fit = Literal["shorter", "cover", "exact", "inside"]
+Centre = Literal["nearest", "below"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
 _LARGEST = 8192
@@ -27,6 +28,8 @@ class Preprocessing:
             that covers ``resize``; ``exact``: the proportions are given up; ``inside``: the largest image inside.
         interpolation: of resizing, with antialias except for ``nearest``.
         fill: 0 to 255 of each channel, where the crop is larger than the image.
+        centre: where an odd number of pixels is left over, the crop begins at the ``nearest`` whole pixel, halves to
+            even, as torchvision's does; or at the one ``below``, as that of transformers.
 
     Raises:
         ConfigError: sides that are not from 1 to 8192, or a word that is not among these.
@@ -37,14 +40,15 @@ class Preprocessing:
     fit: Fit = "shorter"
     interpolation: Interpolation = "bilinear"
     fill: tuple[int, int, int] = (0, 0, 0)
+    centre: Centre = "nearest"
 
     def __post_init__(self) -> None:
         for sides in (self.crop, self.resize or (1, 1)):
             if not all(1 <= side <= _LARGEST for side in sides):
                 raise ConfigError(f"preprocessing to {sides[0]}x{sides[1]}: expected sides from 1 to {_LARGEST} pixels")
-        for word, known in ((self.fit, get_args(Fit)), (self.interpolation, get_args(Interpolation))):
-            if word not in known:
-                raise ConfigError(f"preprocessing with {word!r}: expected one of {', '.join(known)}")
+        for word, known in ((self.fit, Fit), (self.interpolation, Interpolation), (self.centre, Centre)):
+            if word not in get_args(known):
+                raise ConfigError(f"preprocessing with {word!r}: expected one of {', '.join(get_args(known))}")
 
     def shown(self, picture: Image.Image) -> Image.Image:
         """An image in three channels -> what the network sees of it, ``crop`` in size."""
@@ -59,6 +63,9 @@ class Preprocessing:
         if (missing_h or missing_w) and any(self.fill):
             left, top = missing_w // 2, missing_h // 2
             picture = F.pad(picture, [left, top, missing_w - left, missing_h - top], fill=self.fill)
+        if self.centre == "below":
+            left, top = (picture.width - width) // 2, (picture.height - height) // 2
+            return picture.crop((left, top, left + width, top + height))
         cropped: Image.Image = F.center_crop(picture, [height, width])
         return cropped
 
@@ -77,6 +84,8 @@ class Preprocessing:
             "fit": self.fit,
             "interpolation": self.interpolation,
             "fill": list(self.fill),
+            # as before there was another
+            **({} if self.centre == "nearest" else {"centre": self.centre}),
         }
 
     @classmethod
@@ -89,6 +98,7 @@ class Preprocessing:
             fit=content["fit"],
             interpolation=content["interpolation"],
             fill=tuple(content["fill"]),
+            centre=content.get("centre", "nearest"),
         )
 
     def _resized(self, height: int, width: int) -> list[int]:

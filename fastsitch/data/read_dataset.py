@@ -2,78 +2,81 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fastsitch.data.dataset import Dataset, Split, Whole
+from fastsitch.data.dataset import Dataset, Split
 from fastsitch.data.dataset_name import DatasetName
 from fastsitch.data.file_formats import Arrays, read_cifar, read_idx
+from fastsitch.data.folder_dataset import folder_dataset
+from fastsitch.data.hub_dataset import is_here, offline
 from fastsitch.data.image_folder import ImageFolder
-from fastsitch.data.known_sizes import DatasetSize
+from fastsitch.data.known_sizes import SIZES, DatasetSize
 from fastsitch.data.npz_file import NpzData, read_npz
+from fastsitch.data.python_dataset import registered
 from fastsitch.data.subset import take_subset
 from fastsitch.errors import DataError, argument
 
 log = logging.getLogger(__name__)
+
+_FOLDERS = ("imagefolder", "hf")
+"""Kinds of data sets whose images are encoded, each for itself."""
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package dataset-fashion-mnist puts its IDX files."""
 
 
 def dataset_size(name: str, data_dir: Path) -> DatasetSize | None:
-    """The size of any data set; None for a file or folder that is not there. Image folders are not decoded.
+    """The size of any data set; None for one that is not here, which is not downloaded. Image folders are not decoded.
 
     Raises DataError when the data set is unknown or malformed.
     """
     parsed = DatasetName.parse(name)
-    if parsed.path is None:
+    if parsed.kind in SIZES:
         return parsed.known_size
-    if not parsed.path.exists():
+    if not (is_here(parsed) if parsed.kind == "hf" else parsed.path is None or parsed.path.exists()):
         return None
-    if parsed.kind == "imagefolder":
-        folder = ImageFolder.scan(parsed, data_dir)
+    if parsed.kind in _FOLDERS:
+        # without the library, where it is not needed
+        with offline() if parsed.kind == "hf" else nullcontext():
+            folder = ImageFolder.scan(parsed, data_dir)
         height, width = folder.padded_size or (0, 0)
         return DatasetSize(len(folder.train.files), len(folder.test.files), len(folder.classes), height, width)
     dataset = load_dataset(name, data_dir)
-    _, height, width = dataset.input_shape
+    height, width = dataset.size or (0, 0)
     return DatasetSize(len(dataset.train), len(dataset.test), dataset.classes, height, width)
 
 
 def load_dataset(name: str, data_dir: Path) -> Dataset:
-    """Load a data set into memory (CPU).
+    """Load a data set into memory (CPU); large folders, and images of several sizes, stay in their files.
 
     ``fashion-mini:5000`` is the first 5,000 training images and the whole test set of fashion-mini;
     ``imagefolder:DIR@64`` are images of any size, the shorter side resized to 64 and the centre cropped;
     ``imagefolder:DIR@white`` shows white where images are transparent, or grey, or #RRGGBB, instead of black;
     ``imagefolder:DIR@holdout=0.2`` takes a fifth of the images of a folder without split folders for the test;
+    ``hf:ORG/NAME:CONFIG`` is a data set of the Hugging Face hub, ``hf:/DIR`` a folder of parquet files, with the same
+    parts behind them and ``@image=COLUMN@label=COLUMN`` where columns have to be chosen;
+    ``python:NAME`` is what was registered in this process;
     ``@train=5000@test=1000`` behind any data set takes class-balanced subsets, always the same ones.
-    ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to; the pixels of
-    an image folder that memory does not hold are kept in a scratch file there. Raises DataError when the name is
-    unknown, or when files are missing or malformed, MemoryLimitError when neither memory nor disk hold the pixels.
+    ``data_dir`` is where the files of fashion-mnist and of the CIFARs are looked for, and downloaded to, and where what
+    was seen of image folders is remembered. Raises DataError when the name is unknown, or when files are missing or
+    malformed.
     """
     parsed = DatasetName.parse(name)
     # raises where a named data set has too few images
     _ = parsed.known_size
-    dataset = _folder(parsed, data_dir) if parsed.kind == "imagefolder" else _arrays(parsed, data_dir)
+    if parsed.kind in _FOLDERS:
+        dataset = folder_dataset(parsed, data_dir)
+    elif parsed.kind == "python":
+        dataset = take_subset(registered(parsed), parsed.subset, str(parsed))
+    else:
+        dataset = _arrays(parsed, data_dir)
     _warn_of_unseen(dataset)
     return dataset
-
-
-def _folder(name: DatasetName, data_dir: Path) -> Dataset:
-    """An image folder; of a subset no other image is decoded."""
-    folder = ImageFolder.scan(name, data_dir)
-    whole = Whole(str(name.whole), None, all_tested=name.subset.test is None) if name.subset else None
-    if folder.size is None:
-        # every network brings them to its own size
-        labels = (torch.tensor(split.labels) for split in (folder.train, folder.test))
-        train, test = (Split(files, known) for files, known in zip(folder.files(), labels, strict=True))
-        return Dataset(str(name), train, test, len(folder.classes), folder.classes, whole, folder.hash())
-    decoded = folder.read(data_dir)
-    train, test = _split(decoded[0]), _split(decoded[1])
-    return Dataset(str(name), train, test, len(folder.classes), folder.classes, whole)
 
 
 def _arrays(name: DatasetName, data_dir: Path) -> Dataset:

@@ -103,7 +103,7 @@ def _rank(kind: str, name: str) -> bytes:
 
 
 def take_subset(whole: Dataset, subset: Subset, name: str) -> Dataset:
-    """A subset of a data set in memory, whose images are named by their index; the whole itself where all is asked for.
+    """A subset of a data set whose images are named by their index; the whole itself where all is asked for.
 
     Raises DataError where it has too few images.
     """
@@ -117,6 +117,8 @@ def take_subset(whole: Dataset, subset: Subset, name: str) -> Dataset:
         train=_some(whole.train, subset.train),
         test=_some(whole.test, subset.test),
         whole=Whole(whole.name, whole.hash, all_tested=subset.test is None),
+        files_hash=None if whole.files_hash is None else hashlib.sha256(f"{whole.hash}{subset}".encode()).hexdigest(),
+        content=None,
     )
 
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsitch.data.dataset import Normalisation
 from fastsitch.data.grey import grey
 from fastsitch.data.image_files import ImageFiles
+from fastsitch.data.normalisation import Normalisation
 from fastsitch.data.preprocessing import Preprocessing
 from fastsitch.data.random_views import Views
 from fastsitch.errors import ConfigError

@@ -64,14 +64,16 @@ class _BeginTask:
 
 def _make_stores(cluster: Cluster, root: Root, run: Run, missing: list[Unit], slots: WorkerSlots) -> None:
     """Make the stores that are missing, so that no worker has to wait for one."""
-    if run.resolved.source == "live":
-        return
     config = run.config
-    names = [name for name in config.stored_networks(missing) if not root.store(config.dataset, name).exists()]
+    names = [
+        name
+        for name in config.stored_networks(missing)
+        if run.resolved.source_of(name) != "live" and not root.store(config.dataset, name).exists()
+    ]
     if not names:
         return
     log.info("making the activation stores of %s", ", ".join(map(str, names)))
-    make = partial(StoreMaker, root, config.dataset, device=slots.device, content_only=True)
+    make = partial(StoreMaker, root, config.dataset, device=slots.device, content_only=True, positions=config.positions)
     for name, (store, _) in cluster.run_jobs(make, names, slots, name=_store_of):
         log.info("made the activation store of %s: %s", name, store.path)
 

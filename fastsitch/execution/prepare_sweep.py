@@ -12,6 +12,7 @@ from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import namesake, read_record
 from fastsitch.networks.find_network import models_folder, not_trained
 from fastsitch.networks.network_definition import require_defined
+from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import memory_budget
 from fastsitch.planning.resolve_auto import resolve
 from fastsitch.planning.source_rates import choose_measured
@@ -56,9 +57,10 @@ class Preparation:
         """The run at ``path``, if there is one, of which the stores that are there can be used."""
         config = self._config
         run = self._existing_run(path)
-        source = "live" if config.augments else config.source if run is None else run.resolved.source
-        if source != "live":
-            self._check_stores()
+        for name in config.stored_networks(config.units):
+            asked = "live" if config.augments else config.source
+            if (asked if run is None else run.resolved.source_of(name)) != "live":
+                self._check_store(name)
         return run
 
     def begin(self, path: Path) -> Workbench:
@@ -134,14 +136,13 @@ class Preparation:
             without = f", and leave out {argument('source', 'live')}" if live else ""
             storing_network(network, identity, self._device, f"make its store by {line}{without}")
 
-    def _check_stores(self) -> None:
+    def _check_store(self, name: NetworkName) -> None:
         """Refuse a store that is stale, damaged or of other samples before any work begins, not when its turn comes."""
-        for name in self._config.stored_networks(self._config.units):
-            path = self._root.store(self._config.dataset, name)
-            if path.exists():
-                network = self._networks.load(name)
-                identity = store_identity(self._dataset, network, dtype="bf16", compress="none", device=self._device)
-                open_fitting(path, identity, self._dataset, content_only=True)
+        path = self._root.store(self._config.dataset, name)
+        if path.exists():
+            network = self._networks.load(name)
+            identity = store_identity(self._dataset, network, dtype="bf16", compress="none", device=self._device)
+            open_fitting(path, identity, self._dataset, content_only=True)
 
 
 def require_networks(root: Root, config: SweepConfig) -> None:
@@ -151,6 +152,7 @@ def require_networks(root: Root, config: SweepConfig) -> None:
         if name.random:
             # refuses controls that would be ambiguous
             namesake(models_folder(root, dataset, name), name)
+    require_receivers(root, dataset, config.receivers)
     trained = map(NetworkName.parse, (*config.senders, *config.receivers))
     names = sorted({name for name in trained if read_record(models_folder(root, dataset, name), name) is None})
     if names:
@@ -162,4 +164,5 @@ def _describe(resolved: Resolved) -> str:
     return (
         f"{resolved.device}, {resolved.precision}, {resolved.kernel} kernel, compile {resolved.compile}, "
         f"groups of up to {resolved.group_size} cells, {resolved.source} representations"
+        + "".join(f", of {name} {source}" for name, source in resolved.sources.items())
     )

@@ -120,6 +120,7 @@ def stitch(
     require_choice("loss", loss, Loss)
     if group_size is not None:
         require_whole("group_size", group_size)
+    require_whole("seed", seed, 0)
     chosen = stitch_recipe(recipe, epochs=epochs, lr=lr, batch_size=batch_size)
     torch_device = resolve_device(device)
     configure(torch_device)
@@ -176,7 +177,7 @@ def _require_fit(sender: Chain, receiver: FrozenNetwork, images: tuple[int, int,
     if logits.dim() != 2 or logits.shape[1] < dataset.classes:
         raise NetworkError(
             f"the receiver ends in {tuple(logits.shape[1:])} per image: expected logits (classes,) for the "
-            f"{dataset.classes} classes of {dataset.name}"
+            f"{dataset.classes} classes of {dataset.name}; put a linear layer on its features that was fitted to them"
         )
 
 

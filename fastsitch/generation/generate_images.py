@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fastsitch.chains.layout import grid_rows
 from fastsitch.chains.position import Position
-from fastsitch.data import Split
 from fastsitch.files import exclusive
 from fastsitch.generation.choose_images import Chosen, chosen_images, chosen_units
 from fastsitch.generation.input_stitches import InputStitches, input_cells
@@ -91,7 +90,7 @@ def run_images(
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
     configure(torch_device)
     # a run of matched stitches may name a recipe that needs new views of the images
-    workbench = Workbench.open(root, run, torch_device, "live" if run.config.recipe.augment else None)
+    workbench = Workbench.open(root, run, torch_device, (lambda _: "live") if run.config.recipe.augment else None)
     index = chosen_images(len(workbench.dataset.test), images, count, seed)
     for name in dict.fromkeys(name for unit in units for name in (unit.sender_network, unit.receiver_network)):
         workbench.networks.load(name)
@@ -111,7 +110,7 @@ class _Generator:
         test = workbench.dataset.test
         self._workbench = workbench
         self._index = tuple(index)
-        self._split = Split(test.pixels[list(index)], test.labels[list(index)])
+        self._split = test[torch.tensor(self._index)]
         self._provided: dict[NetworkName, list[Tensor]] = {}
 
     def pair(self, unit: Unit, stitches: InputStitches) -> PairImages:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +51,13 @@ class InputImages:
     """Training images as what a receiver expects at its input: an OrderedSplit of one position, in fp32."""
 
     def __init__(self, split: Split, transform: Transform, device: torch.device) -> None:
-        self._images = split.pixels
+        self._images = split.images
         self._transform = transform
         self._device = device
-        _, height, width, colours = split.pixels.shape
-        channels = 1 if transform.grey else colours
-        self.shapes: Sequence[Shape] = [(channels, *(transform.resolution or (height, width)))]
+        channels = 1 if transform.grey else 3
+        resolution = transform.resolution or split.size
+        assert resolution is not None
+        self.shapes: Sequence[Shape] = [(channels, *resolution)]
         self.labels = split.labels.to(device)
         self.ids = torch.arange(len(split), device=device)
 
@@ -113,7 +113,7 @@ class InputStitchFiles:
         """A hash of everything that the stitches depend on."""
         run = self._run
         networks = [run.networks[name].weights_hash for name in (unit.sender_network, unit.receiver_network)]
-        resolved = {key: value for key, value in asdict(run.resolved).items() if key != "group_size"}
+        resolved = {key: value for key, value in run.resolved.to_dict().items() if key != "group_size"}
         return stable_hash([input_unit(unit).name, networks, run.data_hash, run.config.to_dict(), resolved])
 
     def _file(self, unit: Unit) -> Path:

@@ -34,10 +34,10 @@ class InputStitchTrainer:
             workbench.root,
             workbench.run.plan,
             images=(len(train), len(test)),
-            pixels=train.pixels[0].numel(),
+            pixels=train.image_bytes,
             itemsize=workbench.dtype.itemsize,
         )
-        self._free = budget - costs.memory[workbench.source]
+        self._free = budget - max(sender.memory[workbench.source(name)] for name, sender in costs.senders.items())
 
     def finished(self, units: Sequence[Unit]) -> dict[Unit, InputStitches]:
         """Those that are saved."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastsitch.chains.chain import Chain
 from fastsitch.chains.layout import Layout
 from fastsitch.data import Dataset, DatasetSize, Normalisation, known_size, load_dataset
 from fastsitch.errors import ConfigError, NetworkError, argument
@@ -19,6 +20,8 @@ from fastsitch.machine import versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, read_record, require_fit, save_network
 from fastsitch.networks.class_names import fits_some, matched_outputs, read_class_outputs
+from fastsitch.networks.feature_head import ProbedNetwork, body_of
+from fastsitch.networks.fit_probe import fit_probe, require_finite_features
 from fastsitch.networks.foreign_weights import WeightsFile, load_weights
 from fastsitch.networks.head_layers import head_layers
 from fastsitch.networks.model_source import ModelSource, foreign_code
@@ -50,7 +53,7 @@ class NewNetwork:
     weights_key: str | None = None
     """Which weights in the file, see :class:`WeightsFile`."""
     head: HeadChoice | None = None
-    """Where the last layer comes from; None: the file with the weights."""
+    """What stands in the place of its last layer; None: that of the weights."""
     pretrained: bool = False
     """With the weights and the preprocessing that its library publishes."""
     classes_from: Path | None = None
@@ -87,8 +90,12 @@ class NewNetwork:
         if self.head is not None:
             require_choice("head", self.head, HeadChoice)
         for option, value in (("weights_key", self.weights_key), ("head", self.head)):
-            if value is not None and self.weights is None:
+            if value not in (None, "probe", "none") and self.weights is None:
                 raise ConfigError(f"{argument(option, value)}: expected {argument('weights')} too")
+        if self.features_only and self.classes_from is not None:
+            raise ConfigError(
+                f"{argument('head', self.head)} has no outputs of its own: leave out {argument('classes_from')}"
+            )
         if self.classes is not None:
             require_whole("classes", self.classes, 1, _MOST_CLASSES)
         if self.channels not in (None, 1, 3):
@@ -97,6 +104,11 @@ class NewNetwork:
             raise ConfigError(
                 f"{argument('resolution', '{}x{}'.format(*self.resolution))}: expected sides from 1 to {_MAX_SIDE}"
             )
+
+    @property
+    def features_only(self) -> bool:
+        """Whether its own classifier is left out."""
+        return self.head in ("probe", "none")
 
 
 def add_network(
@@ -112,7 +124,7 @@ def add_network(
     name, folder = new.name, root.networks(dataset)
     published = load_pretrained(new.source, new.resolution) if new.pretrained else None
     images = None
-    if known_size(dataset) is None or new.weights is not None or published is not None:
+    if known_size(dataset) is None or new.weights is not None or published is not None or new.head == "probe":
         images = load_dataset(dataset, root.data_dir)
     definition = (
         _define(new, dataset, known_size(dataset) or _size(images), images)
@@ -123,10 +135,23 @@ def add_network(
     if known is not None:
         _require_same(name, known, definition)
     record = module = None
-    if new.weights is not None or published is not None or not definition.draws_weights:
+    drawn = new.weights is None and published is None and definition.draws_weights
+    if drawn and not definition.can_receive:
+        raise NetworkError(
+            f"{new.source.text} has neither a classifier nor weights, and nothing to train them: give "
+            f"{argument('weights')} or {argument('pretrained', True)}, or {argument('head', 'probe')}"
+        )
+    if definition.features is not None and new.head is None:
+        log.warning(
+            "%s gives %d features, not one output for each of %d classes: without --head probe it is a sender only",
+            new.source.text,
+            definition.features.width,
+            definition.classes,
+        )
+    if not drawn or new.head == "probe":
         images = images or load_dataset(dataset, root.data_dir)
         # what its head keeps, if that is new, depends on the seed
-        key = ["network", str(name), definition.classes] if new.head == "new" else 0
+        key = ["network", str(name), definition.classes] if drawn or new.head == "new" else 0
         module = definition.build(key)
         record = _evaluated(new, definition, module, images, published, device)
     models = root.models(dataset)
@@ -165,7 +190,7 @@ def _size(images: Dataset | None) -> DatasetSize:
 
 def _define(new: NewNetwork, dataset: str, size: DatasetSize, images: Dataset | None) -> Definition:
     classes = size.classes if new.classes is None else new.classes
-    if classes < size.classes:
+    if classes < size.classes and not new.features_only:
         raise ConfigError(
             f"{argument('classes', classes)}: {dataset} has {size.classes} classes; expected at least that many"
         )
@@ -175,7 +200,10 @@ def _define(new: NewNetwork, dataset: str, size: DatasetSize, images: Dataset | 
     height, width = new.resolution or (size.height, size.width)
     return define(
         new.source,
-        classes=classes,
+        classes=size.classes if new.features_only else classes,
+        outputs=classes,
+        head=new.head,
+        classifier=new.classes is not None or new.head == "new",
         input_shape=(new.channels or 3, height, width),
         grey=new.channels is None,
         normalisation=new.normalisation,
@@ -186,13 +214,16 @@ def _define(new: NewNetwork, dataset: str, size: DatasetSize, images: Dataset | 
 
 
 def _define_pretrained(new: NewNetwork, published: PretrainedNetwork, images: Dataset) -> Definition:
+    features = new.features_only or not published.classes
     return define(
         published.source,
-        classes=published.classes,
+        classes=images.classes if features else published.classes,
+        outputs=published.classes,
+        head=new.head or ("none" if features else None),
         input_shape=published.input_shape,
         normalisation=new.normalisation or published.normalisation,
         preprocessing=published.preprocessing,
-        class_outputs=_class_outputs(new, published, images),
+        class_outputs=None if features else _class_outputs(new, published, images),
         positions=new.positions,
         layouts=new.layouts,
     )
@@ -213,7 +244,7 @@ def _class_outputs(new: NewNetwork, published: PretrainedNetwork, images: Datase
         raise NetworkError(
             f"{new.source.text} has {published.classes} outputs and {images.name} {images.classes} classes, whose "
             f"names are not those of its outputs: say which is which in a file for {argument('classes_from')}, a line "
-            "each such as 'class,output'"
+            f"each such as 'class,output', or take a linear probe: {argument('head', 'probe')}"
         )
     return None
 
@@ -242,12 +273,18 @@ def _evaluated(
         "name": "added",
         "weights": new.source.text if new.weights is None else new.weights.name,
     }
+    body, end = body_of(module), definition.features
+    left_out = () if end is None else end.left_out
     if published is not None:
-        module.load_state_dict(published.module.state_dict())
+        beside = tuple(f"{layer}." for layer in left_out)
+        weights = published.module.state_dict()
+        body.load_state_dict({key: tensor for key, tensor in weights.items() if not key.startswith(beside)})
         recipe = {"name": "pretrained", "weights": new.source.text, "pretrained": published.provenance}
     elif new.weights is not None:
         file = WeightsFile(path=new.weights, key=new.weights_key, head=new.head)
-        recipe |= load_weights(module, file, lambda: _head(module, definition))
+        recipe |= load_weights(body, file, lambda: list(left_out) if end else _head(module, definition))
+    elif definition.draws_weights:
+        recipe["weights"] += ", as drawn"
     draft = NetworkRecord(
         name=str(new.name),
         dataset=images.name,
@@ -264,8 +301,20 @@ def _evaluated(
         definition=definition,
     )
     require_fit(draft, images)
-    evaluated = module if definition.class_outputs is None else definition.cut(module)
-    accuracy, loss = evaluate_network(nn.Module.to(evaluated, device), images.test.to(device), draft.transform)
+    evaluated = module if definition.class_outputs is None and end is None else definition.cut(module)
+    # a module may override these, and return nothing
+    nn.Module.to(evaluated, device)
+    if isinstance(module, ProbedNetwork):
+        assert isinstance(evaluated, Chain)
+        probe = fit_probe(module, evaluated, images.train.to(device), draft.transform)
+        draft = replace(
+            draft, recipe={**recipe, "probe": probe.to_dict()}, weights_hash=tensors_hash(module.state_dict())
+        )
+    elif end is not None:
+        require_finite_features(evaluated, images.test.to(device), draft.transform, str(new.name))
+        nn.Module.cpu(module)
+        return draft
+    accuracy, loss = evaluate_network(evaluated, images.test.to(device), draft.transform)
     nn.Module.cpu(module)
     if published is not None and accuracy < _CHANCE / images.classes:
         log.warning(

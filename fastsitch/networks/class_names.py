@@ -8,6 +8,8 @@ from fastsitch.errors import NetworkError, argument
 
 _SHOWN = 5
 _MOST_BYTES = 2**20
+_CERTAIN = 0.9
+"""Share of the classes of a network by whose order the others are known."""
 
 
 def matched_outputs(
@@ -19,10 +21,7 @@ def matched_outputs(
     output is meant, by its index or one of its names. Raises NetworkError for classes that no output, or several, stand
     for, and for two classes of one output.
     """
-    named: dict[str, set[int]] = {}
-    for index, names in enumerate(labels):
-        for name in names:
-            named.setdefault(_plain(name), set()).add(index)
+    named = _outputs_by_name(labels)
     unknown = [name for name in given if name not in classes]
     if unknown:
         raise NetworkError(
@@ -31,14 +30,17 @@ def matched_outputs(
     found: list[int] = []
     missing: list[str] = []
     several: list[str] = []
-    for name in classes:
+    in_order = _all_in_order(classes, named, len(labels))
+    for index, name in enumerate(classes):
         wanted = given.get(name, name)
         if name in given and wanted.isdecimal() and int(wanted) < len(labels):
             found.append(int(wanted))
             continue
-        outputs = named.get(_plain(wanted), set())
+        outputs = _outputs(wanted, named)
         if len(outputs) == 1:
             found += outputs
+        elif in_order and name not in given:
+            found.append(index)
         else:
             (several if outputs else missing).append(name)
     remedy = f"say it in a file for {argument('classes_from')}, a line each such as 'class,output'"
@@ -57,8 +59,33 @@ def matched_outputs(
 
 def fits_some(classes: Sequence[str], labels: Sequence[Sequence[str]]) -> bool:
     """Whether any class has the name of an output: then all of them should."""
-    known = {_plain(name) for names in labels for name in names}
-    return any(_plain(name) in known for name in classes)
+    named = _outputs_by_name(labels)
+    return any(_outputs(name, named) for name in classes)
+
+
+def _outputs_by_name(labels: Sequence[Sequence[str]]) -> dict[str, set[int]]:
+    named: dict[str, set[int]] = {}
+    for index, names in enumerate(labels):
+        for name in names:
+            named.setdefault(_plain(name), set()).add(index)
+    return named
+
+
+def _outputs(name: str, named: Mapping[str, set[int]]) -> set[int]:
+    """Those that have a name or, where it is several with commas (``tench, Tinca tinca``), all known ones of these."""
+    known = [named[part] for part in (_plain(name), *map(_plain, name.split(","))) if part in named]
+    return set.intersection(*known) if known else set()
+
+
+def _all_in_order(classes: Sequence[str], named: Mapping[str, set[int]], outputs: int) -> bool:
+    """Whether the classes are those of the network, by their number and by the order of those whose output is certain.
+
+    Of the thousand of ImageNet, two are called crane.
+    """
+    if len(classes) != outputs:
+        return False
+    certain = [(index, *found) for index, name in enumerate(classes) if len(found := _outputs(name, named)) == 1]
+    return len(certain) >= _CERTAIN * outputs and all(index == output for index, output in certain)
 
 
 def read_class_outputs(path: Path) -> dict[str, str]:

@@ -28,7 +28,7 @@ class WeightsFile:
     key: str | None = None
     """Which of several weights: the keys that lead to them, and a prefix of names, joined by dots; "." is the top."""
     head: HeadChoice | None = None
-    """Where the layer of the class outputs comes from; None: the file."""
+    """What stands in the place of the layer of the class outputs; None: that of the file."""
 
 
 def read_weights(path: Path) -> list[Nest]:
@@ -50,7 +50,7 @@ def load_weights(module: nn.Module, file: WeightsFile, find_head: Callable[[], l
     another kind of numbers, and when several do, which lists them.
     """
     nests = read_weights(file.path)
-    head = find_head() if file.head == "new" else []
+    head = find_head() if file.head is not None else []
     wanted = Wanted(module.state_dict(), head)
     if file.head == "new" and not (head and wanted.needed):
         raise NetworkError(
@@ -131,7 +131,7 @@ def _require_no_other_head(nests: Sequence[Nest], wanted: Wanted, file: WeightsF
         keep = f", or {argument('classes', len(given))} to have that of the file"
     raise NetworkError(
         f"{_shown(whole, file)} fits the network but for its head: {_faults(whole)}; give {argument('head', 'new')} to "
-        f"leave the head untrained{keep}"
+        f"leave the head untrained, {argument('head', 'probe')} to fit one{keep}"
     )
 
 
@@ -142,7 +142,7 @@ def _report(part: Part, file: WeightsFile, head: Sequence[str]) -> None:
     if part.left_out:
         others = sorted({_beside(key, part.prefix) for key in part.left_out})
         log.info("%d tensors of %s outside of them are left out: %s", len(part.left_out), name, _listed(others))
-    if head:
+    if head and file.head == "new":
         log.warning("the head (%s) is new: its weights are as they were drawn, and not trained", ", ".join(head))
 
 

@@ -1,4 +1,4 @@
-"""Where the modules of added networks come from: torchvision, timm, or a factory in a Python file of the user."""
+"""Where the modules of added networks come from: a library, or a factory in a Python file of the user."""
 
 import hashlib
 import inspect
@@ -23,6 +23,7 @@ from fastsitch.errors import FastsitchError, NetworkError, argument
 from fastsitch.files import expanded
 from fastsitch.identity import stable_hash
 from fastsitch.networks.factory_file import file_hash, imported_neighbours, importing_neighbours
+from fastsitch.networks.transformers_network import build_classifier
 
 Size = tuple[int, int, int]
 """Channels, height, width of an image."""
@@ -30,7 +31,7 @@ Size = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class ModelSource:
-    """``torchvision:NAME``, ``timm:NAME``, or ``FILE.py:FACTORY`` with an absolute path and the file's sha256.
+    """``torchvision:NAME``, ``timm:NAME``, ``hf:TYPE``, or ``FILE.py:FACTORY`` with an absolute path and its sha256.
 
     ``arguments`` are for the library's builder, as JSON: what a published configuration says of the network.
     ``neighbours`` are the files in its folder that it imports, each with its sha256; known once it was built.
@@ -62,7 +63,8 @@ class ModelSource:
         location, _, factory = text.rpartition(":")
         if not location.endswith(".py") or not factory.isidentifier():
             raise NetworkError(
-                f"{argument('source', text, option='--from')}: expected torchvision:NAME, timm:NAME or FILE.py:FACTORY"
+                f"{argument('source', text, option='--from')}: expected torchvision:NAME, timm:NAME, hf:NAME or "
+                "FILE.py:FACTORY"
             )
         path = expanded(location).resolve()
         return cls(f"{path}:{factory}", hashlib.sha256(_read(path)).hexdigest())
@@ -176,9 +178,16 @@ def require_timm(name: str) -> Any:
     return timm
 
 
+def _transformers(name: str, classes: int, input_shape: Size, arguments: dict[str, Any]) -> nn.Module:
+    if "/" in name:
+        raise NetworkError(f"hf:{name} is a published network: add it with {argument('pretrained', True)}")
+    return build_classifier(name, classes, arguments)
+
+
 _LIBRARIES: dict[str, Callable[[str, int, Size, dict[str, Any]], nn.Module]] = {
     "torchvision": _torchvision,
     "timm": _timm,
+    "hf": _transformers,
 }
 
 

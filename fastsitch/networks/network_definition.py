@@ -15,7 +15,7 @@ from fastsitch.chains.chain import Chain, cut_chain
 from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.chains.kept_state import not_finite, require_saved
 from fastsitch.chains.layout import Layout
-from fastsitch.chains.logits import logits_key, returning_logits
+from fastsitch.chains.logits import returning_logits
 from fastsitch.chains.module_copies import copy_modules
 from fastsitch.chains.node_values import run_model
 from fastsitch.chains.position import Position
@@ -25,11 +25,13 @@ from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.errors import ConfigError, NetworkError, argument
 from fastsitch.files import write_json
 from fastsitch.network_names import NetworkName
+from fastsitch.networks.feature_head import FeatureHead, body_of, ending, find_end
 from fastsitch.networks.find_network import definitions_folder
 from fastsitch.networks.model_source import ModelSource, foreign_code
 from fastsitch.networks.weight_origin import draws_weights
 from fastsitch.root import Root
 from fastsitch.typed_fields import typed
+from fastsitch.vocabulary import HeadChoice
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +46,7 @@ class Definition:
 
     source: ModelSource
     classes: int
-    """Outputs of the network."""
+    """Outputs of the network; where it gives features, classes of the data set."""
     input_shape: tuple[int, int, int]
     """Channels, height, width that it is built for."""
     normalisation: Normalisation | None
@@ -60,6 +62,8 @@ class Definition:
     """Whether its code draws its weights anew for every seed; False where it brings weights along, as trained ones."""
     output: str | None = None
     """Where its logits are in what it returns; None: it returns them alone."""
+    features: FeatureHead | None = None
+    """How it ends if its own code gives features; None: in a classifier of its own."""
 
     def to_dict(self) -> dict[str, Any]:
         positions = [position.to_dict() for position in self.positions]
@@ -68,10 +72,12 @@ class Definition:
             "source": self.source.to_dict(),
             "positions": [{**entry, "shape": list(entry["shape"])} for entry in positions],
         }
+        content["features"] = None if self.features is None else self.features.to_dict()
         content["preprocessing"] = None if self.preprocessing is None else self.preprocessing.to_dict()
         # as in definitions that were made before there were others
-        for key, usual in (("draws_weights", True), ("preprocessing", None), ("class_outputs", None), ("output", None)):
-            if content[key] == usual:
+        usual = {"draws_weights": True, "preprocessing": None, "class_outputs": None, "output": None, "features": None}
+        for key, value in usual.items():
+            if content[key] == value:
                 del content[key]
         return content
 
@@ -79,7 +85,7 @@ class Definition:
     def from_dict(cls, content: dict[str, Any]) -> "Definition":
         """The inverse of :meth:`to_dict`; raises KeyError or TypeError, or NetworkError."""
         given, preprocessing = content["normalisation"], content.get("preprocessing")
-        class_outputs = content.get("class_outputs")
+        class_outputs, features = content.get("class_outputs"), content.get("features")
         channels, height, width = content["input_shape"]
         return typed(
             cls(
@@ -93,6 +99,7 @@ class Definition:
                 class_outputs=None if class_outputs is None else tuple(class_outputs),
                 draws_weights=content.get("draws_weights", True),
                 output=content.get("output"),
+                features=None if features is None else FeatureHead.from_dict(features),
             )
         )
 
@@ -101,18 +108,26 @@ class Definition:
         """Channels at the first position, as of the small ResNets."""
         return self.positions[0].rows[0]
 
+    @property
+    def can_receive(self) -> bool:
+        """Whether it gives one output per class, by a classifier of its own or a probe."""
+        return self.features is None or self.features.kind == "probe"
+
     def build(self, key: Any = 0) -> nn.Module:
         """The module with the weights that its own code draws with this seed; see :meth:`ModelSource.build`.
 
-        It returns logits, whatever else its code returns beside them.
+        It returns logits, whatever else its code returns beside them, or features where it has no classifier.
         """
-        return returning_logits(self.source.build(self.classes, self.input_shape, key), self.output)
+        if self.features is None:
+            return returning_logits(self.source.build(self.classes, self.input_shape, key), self.output)
+        module = self.source.build(self.features.outputs, self.input_shape, key)
+        return self.features.ended(module, self.output, self.classes, key)
 
     def cut(self, module: nn.Module) -> Chain:
         """The chain of a module that :meth:`build` made; raises NetworkError when its positions are no longer these."""
         layouts = {position.name: position.kind for position in self.positions}
         with foreign_code(self.source.text), _naming(self.source.text):
-            chain = _chain(module, self.input_shape, list(layouts), layouts)
+            chain = _chain(body_of(module), self.input_shape, list(layouts), layouts, logits=self.features is None)
         if [cut.to_dict() for cut in chain.positions] != [recorded.to_dict() for recorded in self.positions]:
             raise NetworkError(
                 f"{self.source.text} has changed since it was added: it has positions "
@@ -120,7 +135,7 @@ class Definition:
             )
         if self.class_outputs is not None:
             chain.head = nn.Sequential(chain.head, ChosenOutputs(self.class_outputs))
-        return chain
+        return chain if self.features is None else ending(chain, module, self.features)
 
 
 class ChosenOutputs(nn.Module):
@@ -148,42 +163,56 @@ def define(
     layouts: Mapping[str, Layout] | None = None,
     output: str | int | None = None,
     grey: bool = False,
+    head: HeadChoice | None = None,
+    outputs: int | None = None,
+    classifier: bool = False,
 ) -> Definition:
     """Build a network and find its positions and FLOPs; the options are those of :meth:`Chain.from_module`.
 
     With ``grey``, a network that does not run on images of this shape, but on those of one channel, is taken for them.
-    Raises NetworkError when it cannot be built, run or cut, or does not have one output per class.
+    With ``head`` ``probe`` or ``none`` it is built for so many ``outputs``, and its last layers are left out. Raises
+    NetworkError when it cannot be built, run or cut, or does not have one output per class where a ``classifier`` is
+    wanted.
     """
-    module = source.build(classes, input_shape)
+    outputs = classes if outputs is None else outputs
+    module = source.build(outputs, input_shape)
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
         # a first pass may set what stays
         grey = grey and _takes_grey_alone(copy_modules([module])[0], input_shape)
     if grey:
         log.info("%s takes images of one channel: it sees images in grey", source.text)
         input_shape = (1, *input_shape[1:])
-        module = source.build(classes, input_shape)
+        module = source.build(outputs, input_shape)
     if isinstance(module, Chain) and positions is not None:
         raise ConfigError(
             f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
         )
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
-        what = f"cannot cut a {type(module).__name__}"
-        key = logits_key(run_model(copy_modules([module])[0], torch.zeros(2, *input_shape)), what, output)
-        chain = _chain(returning_logits(module, key), input_shape, positions, layouts)
-        logits = chain(torch.zeros(2, *input_shape))
-    if logits.shape != (2, classes):
-        raise NetworkError(
-            f"{source.text} gives {tuple(logits.shape[1:])} outputs per image: expected {classes}, one per class"
+        key, features = find_end(
+            copy_modules([module])[0],
+            input_shape,
+            classes=classes,
+            outputs=outputs,
+            head=head,
+            output=output,
+            required=classifier,
+            what=f"cannot cut a {type(module).__name__}",
         )
+        body = _body(module, features, key)
+        chain = _chain(body, input_shape, positions, layouts, logits=features is None)
     wrong = not_finite(module)
     if wrong:
         raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong}): expected finite ones")
     require_saved(module, source.text)
-    other = returning_logits(source.build(classes, input_shape, 1), key)
+    other = _body(source.build(outputs, input_shape, 1), features, key)
     kinds = {position.name: position.kind for position in chain.positions}
     with foreign_code(source.text), _naming(source.text):
         drawn = draws_weights(
-            source.text, module, other, chain, lambda: _chain(other, input_shape, list(kinds), kinds, vet=False)
+            source.text,
+            body,
+            other,
+            chain,
+            lambda: _chain(other, input_shape, list(kinds), kinds, logits=False, vet=False),
         )
     definition = Definition(
         source=source.with_neighbours(),
@@ -196,6 +225,7 @@ def define(
         flops=chain_flops(chain),
         draws_weights=drawn,
         output=key,
+        features=features,
     )
     without, zero = gradient_faults(chain, range(len(chain.positions)))
     if without:
@@ -204,6 +234,10 @@ def define(
         log.warning("%s: the gradient at %s is zero: stitches there cannot learn", source.text, ", ".join(zero))
     # exactly as it comes back from a file
     return Definition.from_dict(definition.to_dict())
+
+
+def _body(module: nn.Module, features: FeatureHead | None, key: str | None) -> nn.Module:
+    return returning_logits(module, key) if features is None else features.body(module, key)
 
 
 def _takes_grey_alone(module: nn.Module, input_shape: tuple[int, int, int]) -> bool:
@@ -274,6 +308,15 @@ def require_definition(folder: Path, architecture: str) -> Definition:
     return definition
 
 
+def require_can_receive(definition: Definition | None, name: NetworkName, what: str) -> None:
+    """Raise NetworkError, which says what cannot be, where an added network has no classifier."""
+    if definition is not None and not definition.can_receive:
+        raise NetworkError(
+            f"{name} {what}: it has no classifier, only features; add it with {argument('head', 'probe')}, or have it "
+            "as a sender alone"
+        )
+
+
 def require_defined(root: Root, dataset: str, names: Iterable[NetworkName]) -> None:
     """Raise NetworkError when one of these networks is neither built in nor added to the data set."""
     for name in names:
@@ -287,13 +330,14 @@ def _chain(
     positions: Sequence[str] | str | None,
     layouts: Mapping[str, Layout] | None,
     *,
+    logits: bool,
     vet: bool = True,
 ) -> Chain:
     # all values differ, so that nothing cancels where the segments are compared with the whole network
     example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
     if not vet:
         return cut_chain(Chain, module, example, positions, layouts)
-    return Chain.from_module(module, example, positions, layouts)
+    return Chain.from_module(module, example, positions, layouts, logits=logits)
 
 
 @contextmanager

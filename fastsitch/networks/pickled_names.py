@@ -48,7 +48,7 @@ def why_not_unpickled(path: Path) -> str | None:
         with path.open("rb") as file:
             if file.read(4) != b"PK\x03\x04":
                 file.seek(0)
-                return _advice(path, list(_pickles(file)))
+                return _remedy(path, list(_pickles(file)))
             with zipfile.ZipFile(file) as archive:
                 members = archive.namelist()
                 if any(name.endswith("/constants.pkl") for name in members):
@@ -56,12 +56,12 @@ def why_not_unpickled(path: Path) -> str | None:
                     return f"is a TorchScript archive, which is a program and is not run: {_conversion(f'c = {load}')}"
                 pickles = (name for name in members if name.count("/") == 1 and name.endswith("/data.pkl"))
                 with archive.open(next(pickles)) as member:
-                    return _advice(path, list(_pickles(BytesIO(member.read(_LARGEST_PICKLE)))))
+                    return _remedy(path, list(_pickles(BytesIO(member.read(_LARGEST_PICKLE)))))
     except (*NPZ_ERRORS, StopIteration):
         return None
 
 
-def _advice(path: Path, pickles: list[Pickled]) -> str | None:
+def _remedy(path: Path, pickles: list[Pickled]) -> str | None:
     names = sorted({name for pickle in pickles for name in pickle.names if not _of_tensors(name)})
     if not names:
         return None

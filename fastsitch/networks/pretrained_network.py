@@ -17,6 +17,7 @@ from fastsitch.errors import NetworkError, argument
 from fastsitch.files import expanded
 from fastsitch.networks.model_source import ModelSource, Size, foreign_code, require_known, require_timm
 from fastsitch.networks.published_files import HubFile, PublishedFile, UrlFile
+from fastsitch.networks.transformers_network import classifier_files, load_classifier, processor_preprocessing
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ class PretrainedNetwork:
     module: nn.Module
     """With its weights: fp32, CPU, eval."""
     classes: int
+    """0 where it has no classifier."""
     input_shape: Size
     normalisation: Normalisation
     preprocessing: Preprocessing
@@ -52,8 +54,8 @@ def load_pretrained(source: ModelSource, resolution: tuple[int, int] | None = No
     library = _LIBRARIES.get(kind)
     if library is None:
         raise NetworkError(
-            f"{argument('pretrained', True)}: {source.text} has no published weights; expected timm:NAME or "
-            f"torchvision:NAME, or {argument('weights')} with a file"
+            f"{argument('pretrained', True)}: {source.text} has no published weights; expected timm:NAME, "
+            f"torchvision:NAME or hf:NAME, or {argument('weights')} with a file"
         )
     with foreign_code(source.text):
         loaded = library(name, resolution)
@@ -88,10 +90,6 @@ def _timm(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
     if file is not None:
         file.require()
     module = timm.create_model(name, pretrained=True, **arguments)
-    if not module.num_classes:
-        raise NetworkError(
-            f"timm:{name} has no classifier: expected a network with one; add it with a factory that ends in one"
-        )
     data = _data_configuration(module.pretrained_cfg)
     height, width = resolution or data["input_size"][1:]
     return PretrainedNetwork(
@@ -103,7 +101,7 @@ def _timm(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
         preprocessing=timm_preprocessing(data, height, width),
         provenance=_provenance(
             f"timm:{name}",
-            _local_weights(folder) if file is None else file.path,
+            [_local_weights(folder) if file is None else file.path],
             file,
             module.pretrained_cfg.get("license"),
         ),
@@ -210,9 +208,8 @@ def _synsets(subset: str) -> Labels:
     )
 
 
-def _with_synsets(categories: Sequence[str]) -> Labels:
-    """Torchvision knows words alone; timm, where it is installed, the ids beside them."""
-    words = [(word,) for word in categories]
+def _with_synsets(words: Sequence[tuple[str, ...]]) -> Labels:
+    """Other libraries know words alone; timm, where it is installed, the ids beside them."""
     with suppress(ImportError):
         synsets = _synsets("imagenet-1k")
         if len(synsets) == len(words) and words[0][0] in synsets[0] and words[-1][0] in synsets[-1]:
@@ -248,8 +245,8 @@ def _torchvision(name: str, resolution: tuple[int, int] | None) -> PretrainedNet
         input_shape=(3, height, width),
         normalisation=normalisation,
         preprocessing=preprocessing,
-        provenance=_provenance(f"torchvision:{base}@{weights.name}", file.path, file, None),
-        labels=_with_synsets(categories),
+        provenance=_provenance(f"torchvision:{base}@{weights.name}", [file.path], file, None),
+        labels=_with_synsets([(word,) for word in categories]),
     )
 
 
@@ -266,20 +263,47 @@ def torchvision_preprocessing(shown: Any, resolution: tuple[int, int] | None) ->
     return preprocessing, Normalisation(tuple(shown.mean), tuple(shown.std))
 
 
+def _transformers(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
+    files = classifier_files(name)
+    loaded = load_classifier(files.folder, name)
+    if resolution is not None and loaded.fixed_size:
+        raise NetworkError(
+            f"hf:{name} takes images of one size: leave out {argument('resolution')}, or expected a network without "
+            "position embeddings"
+        )
+    preprocessing, normalisation = processor_preprocessing(files.folder, name, resolution)
+    words = None if loaded.names is None else [tuple(label.split(", ")) for label in loaded.names]
+    return PretrainedNetwork(
+        source=ModelSource(f"hf:{loaded.kind}", arguments=_json(loaded.configuration)),
+        module=loaded.module,
+        classes=loaded.classes,
+        input_shape=(3, *preprocessing.crop),
+        normalisation=normalisation,
+        preprocessing=preprocessing,
+        provenance=_provenance(f"hf:{name}", files.weights, files.published, files.licence),
+        labels=None if words is None else _with_synsets(words),
+    )
+
+
 _LIBRARIES: dict[str, Callable[[str, tuple[int, int] | None], PretrainedNetwork]] = {
     "timm": _timm,
     "torchvision": _torchvision,
+    "hf": _transformers,
 }
 
 
-def _provenance(name: str, path: Path, file: PublishedFile | None, licence: str | None) -> dict[str, str]:
-    with path.open("rb") as opened:
-        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+def _provenance(name: str, paths: Sequence[Path], file: PublishedFile | None, licence: str | None) -> dict[str, str]:
+    """The hash is over all files with weights, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as opened:
+            while block := opened.read(1 << 20):
+                digest.update(block)
     known = {
         "name": name,
-        "file": path.name if file is None else file.name,
+        "file": paths[0].name if file is None else file.name,
         "revision": "" if file is None else file.revision,
-        "sha256": digest,
+        "sha256": digest.hexdigest(),
         "licence": licence or "not stated",
     }
     return {key: value for key, value in known.items() if value}

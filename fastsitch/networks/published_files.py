@@ -1,6 +1,7 @@
 """Files that libraries keep in their caches: found there, or announced before they are downloaded."""
 
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -126,13 +127,15 @@ class HubFile:
         raise NetworkError(f"{self._described} has none of {', '.join(self.names)}: expected a repository with weights")
 
     def fetched(self) -> Path:
-        """In the cache, downloaded where it is not there yet."""
+        """In the cache, downloaded where it is not there yet; :meth:`require` comes before."""
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
-        found = self._cached()
-        if found is None:
-            found = Path(hf_hub_download(self.repository, self.names[0], revision=self.asked_revision))
-        return found
+        for name in self.names if self._cached() is None else ():
+            with suppress(EntryNotFoundError):
+                hf_hub_download(self.repository, name, revision=self.asked_revision)
+                break
+        return self.path
 
     @property
     def _described(self) -> str:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.data import Dataset, Normalisation, Split, Transform, Views, load_dataset
+from fastsitch.data import Dataset, ImageFiles, Normalisation, Split, Transform, Views, load_dataset
 from fastsitch.errors import ConfigError, FailedError, NetworkError, argument
 from fastsitch.files import exclusive, require_regular
 from fastsitch.identity import tensors_hash, torch_generator
@@ -17,7 +17,7 @@ from fastsitch.machine import configure, native_bf16, resolve_device, versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, load_network, read_record, require_fit, save_network
 from fastsitch.networks.find_network import definitions_folder
-from fastsitch.networks.network_definition import require_definition
+from fastsitch.networks.network_definition import require_can_receive, require_definition
 from fastsitch.networks.strided_gradients import steady_gradients
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
@@ -145,6 +145,7 @@ def train_network(
     if not name.built_in:
         known = definitions_folder(root, dataset.name, name.architecture)
         definition = require_definition(known, name.architecture)
+        require_can_receive(definition, name, "cannot be trained")
     input_shape = (channels, height, breadth) if definition is None else definition.input_shape
     draft = NetworkRecord(
         name=str(name),
@@ -264,6 +265,8 @@ def fit_network(
     for _ in range(recipe.epochs):
         permutation = torch.randperm(len(train), generator=order).to(device)
         loss_sum.zero_()
+        if isinstance(train.images, ImageFiles):
+            train.images[permutation].announce()
         for start in range(0, steps_per_epoch * recipe.batch_size, recipe.batch_size):
             index = permutation[start : start + recipe.batch_size]
             views = Views.draw(len(index), image_height, image_width, generator) if recipe.augment else None

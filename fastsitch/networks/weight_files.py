@@ -91,14 +91,27 @@ def _begins_as_safetensors(path: Path) -> bool:
     return begin[8:] == b"{" and int.from_bytes(begin[:8], "little") <= _LARGEST_HEADER
 
 
+def shards(index: Path) -> list[Path]:
+    """The files beside an index that it names, whether they are there or not; raises NetworkError."""
+    return [index.parent / name for name in _shard_names(index, _read_index(index))]
+
+
+def _shard_names(index: Path, places: Mapping[str, str]) -> list[str]:
+    files = sorted(set(places.values()))
+    beside = [name for name in files if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name]
+    if beside:
+        raise NetworkError(
+            f"{argument('weights', index)} names the shard {plain(beside[0])!r}: expected names of files beside the "
+            "index"
+        )
+    return files
+
+
 def _read_shards(index: Path) -> dict[str, Any]:
     """The tensors that an index lists, from the files beside it that it names."""
     places = _read_index(index)
     shown = argument("weights", index)
-    files = sorted(set(places.values()))
-    beside = [name for name in files if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name]
-    if beside:
-        raise NetworkError(f"{shown} names the shard {plain(beside[0])!r}: expected names of files beside the index")
+    files = _shard_names(index, places)
     missing = [name for name in files if not os.path.exists(index.parent / name)]
     if missing:
         raise NetworkError(f"{shown} lacks {_listed(missing)} of its {len(files)} shards: put them beside it")

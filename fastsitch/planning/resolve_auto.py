@@ -39,6 +39,7 @@ def resolve(
         compile=compile,
         group_size=_group_size(plan, step, tuning, budget - source.memory, memory=memory),
         source=source.name,
+        sources=source.others,
     )
 
 

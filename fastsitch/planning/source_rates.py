@@ -8,16 +8,11 @@ from fastsitch.activations.live_source import LiveSplit
 from fastsitch.activations.represent import PASS_IMAGES
 from fastsitch.activations.representations import Load, Representations
 from fastsitch.activations.store import ActivationStore
+from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.data import Dataset
 from fastsitch.files import free_space
-from fastsitch.planning.source_choice import (
-    STORED_ITEMSIZE,
-    SourceChoice,
-    SourceRates,
-    choose_source,
-    elements,
-    source_costs,
-)
+from fastsitch.network_names import NetworkName
+from fastsitch.planning.source_choice import SourceChoice, SourceRates, choose_source, source_costs
 from fastsitch.root import Root
 from fastsitch.runs.sweep_plan import SweepPlan
 from fastsitch.timing import median_seconds
@@ -35,26 +30,33 @@ def choose_measured(
     device: torch.device,
     budget: int,
 ) -> SourceChoice:
-    """The source of a sweep that begins now; see :func:`fastsitch.planning.source_choice.choose_source`."""
+    """The sources of a sweep that begins now; see :func:`fastsitch.planning.source_choice.choose_source`."""
+    disk: list[float] = []
 
-    def rates() -> SourceRates:
-        """Of the sender with the largest representations, or of the disk while it has no store."""
-        name = max((unit.sender_network for unit in plan.units), key=lambda name: elements(plan.shapes[name]))
+    def rates(name: NetworkName) -> SourceRates:
+        """Of a sender: from its store, or of the disk while it has none."""
         folder = root.store(plan.config.dataset, name)
-        store = ActivationStore.open(folder) if folder.exists() else None
-        live = Representations(root, dataset, load, source="live", dtype=dtype, device=device)
+        if folder.exists():
+            read = store_rate(ActivationStore.open(folder))
+        else:
+            # the same for all that have none
+            disk.extend([] if disk else [folder.reading_rate(_SAMPLE_BYTES)])
+            read = disk[0]
+        network = load(name)
+        live = Representations(
+            root, dataset, load, source=lambda _: "live", chosen=plan.chosen, dtype=dtype, device=device
+        )
         return SourceRates(
-            read=folder.reading_rate(_SAMPLE_BYTES) if store is None else store_rate(store),
-            image=elements(plan.shapes[name]) * STORED_ITEMSIZE if store is None else store.image_bytes,
+            read=read,
             live=live_rate(live.live(name, dataset.train)),
+            flops=sum(chain_flops(network.chain)[:-1]),
         )
 
     costs = source_costs(
         root,
         plan,
         images=(len(dataset.train), len(dataset.test)),
-        # files stay where they are
-        pixels=0 if dataset.size is None else dataset.train.pixels[0].numel(),
+        pixels=dataset.train.image_bytes,
         itemsize=dtype.itemsize,
     )
     return choose_source(

@@ -14,9 +14,10 @@ from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.network_shape import NetworkShape, network_shape
+from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import group_memory, matching_memory, memory_budget, statistics_bytes
 from fastsitch.planning.resolve_auto import resolve, step_kind
-from fastsitch.planning.source_choice import choose_source, source_costs
+from fastsitch.planning.source_choice import SourceChoice, SourceCosts, choose_source, source_costs
 from fastsitch.root import Root
 from fastsitch.runs.run_record import Resolved
 from fastsitch.runs.sweep_config import SweepConfig
@@ -25,6 +26,7 @@ from fastsitch.stitching.cells import Unit, split_groups
 from fastsitch.stitching.geometry import Operand
 from fastsitch.stitching.stitch_schedule import training_steps
 from fastsitch.timing import median_seconds
+from fastsitch.vocabulary import SourceName
 
 ASSUMED_WIDTH = 64
 """Width of a network that is not trained yet: that of the published study."""
@@ -54,6 +56,23 @@ class UnitEstimate:
 
 
 @dataclass(frozen=True)
+class SenderEstimate:
+    """What decides between storing a sender's representations and computing them again; predicted."""
+
+    name: NetworkName
+    image: int
+    """Bytes of one image, stored, at all positions that the sweep asks for."""
+    flops: float
+    """Of computing them."""
+    source: SourceName
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs per stored byte."""
+        return self.flops / self.image
+
+
+@dataclass(frozen=True)
 class SweepEstimate:
     """A sweep before it runs. Bytes and seconds are predicted, not measured."""
 
@@ -68,6 +87,9 @@ class SweepEstimate:
     group_size: int
     source: str
     """The source that ``auto`` would choose now, or the one asked for, and why."""
+    senders: list[SenderEstimate]
+    flops_rate: float
+    """FLOP/s of a convolution, measured just now."""
     memory: int
     """Peak bytes: what the source holds of one sender, and one training step."""
     available: int
@@ -95,6 +117,7 @@ def estimate_sweep(
     dtype = DTYPES[resolve_precision(config.precision, torch_device)]
     data = data_size(root, config.dataset)
     config.require_one_batch(data.train)
+    require_receivers(root, config.dataset, config.receivers)
     networks = {name: network_shape(root, config.dataset, name, width=width, data=data) for name in config.networks}
     plan = SweepPlan(config, {name: network.positions for name, network in networks.items()})
     plan.require_stitches()
@@ -104,7 +127,8 @@ def estimate_sweep(
     free_disk = free_space(root.disk)
     source = choose_source(config, costs, available=budget, free_disk=free_disk)
     resolved = resolve(root.path, plan, source, torch_device, memory=memory, budget=budget)
-    units = _UnitEstimates(plan, networks, data, resolved, live=source.name == "live").all()
+    units = _UnitEstimates(plan, networks, data, resolved).all()
+    flops_rate = convolution_rate(torch_device, dtype)
     return SweepEstimate(
         config=config,
         data=data,
@@ -115,13 +139,24 @@ def estimate_sweep(
         precision=resolved.precision,
         group_size=resolved.group_size,
         source=source.reason,
+        senders=[
+            SenderEstimate(name, sender.image, sum(networks[name].flops), source.senders[name])
+            for name, sender in costs.senders.items()
+        ],
+        flops_rate=flops_rate,
         memory=source.memory + _step_memory(plan, resolved, torch_device),
         available=available_memory(torch_device),
-        disk=(0 if source.name == "live" else costs.missing) + sum(unit.results for unit in units),
+        disk=_stores(costs, source) + sum(unit.results for unit in units),
         free_disk=free_disk,
-        seconds=sum(unit.flops for unit in units) / convolution_rate(torch_device, dtype) * _STEP_OVERHEAD
+        seconds=sum(unit.flops for unit in units) / flops_rate * _STEP_OVERHEAD
         + (sum(unit.exact_flops for unit in units) / product_rate(torch_device) if config.matches else 0.0),
     )
+
+
+def _stores(costs: SourceCosts, source: SourceChoice) -> int:
+    """Bytes of the stores that will be made."""
+    made = sum(sender.missing for name, sender in costs.senders.items() if source.senders[name] != "live")
+    return made + (costs.expected if source.name != "live" else 0)
 
 
 def _step_memory(plan: SweepPlan, resolved: Resolved, device: torch.device) -> int:
@@ -151,15 +186,13 @@ class _UnitEstimates:
         networks: Mapping[NetworkName, NetworkShape],
         data: DatasetSize,
         resolved: Resolved,
-        *,
-        live: bool,
     ) -> None:
         self._plan = plan
         self._config = plan.config
         self._networks = networks
         self._data = data
         self._group_size = resolved.group_size
-        self._live = live
+        self._resolved = resolved
         self._trained = _trained_images(plan.config, data)
         self._counted: set[tuple[NetworkName, ...]] = set()
 
@@ -174,12 +207,13 @@ class _UnitEstimates:
         results = 4 * parameters
         if config.receiver_bn == "batch":
             results += statistics_bytes(list(geometries), [shape for _, shape in receiver.positions])
+        live = self._resolved.source_of(unit.sender_network) == "live"
         return UnitEstimate(
             unit,
             dict(Counter(geometry.kind for geometry in geometries.values())),
             parameters,
             groups,
-            self._training_flops(geometries, receiver) + (self._live_flops(unit) * groups if self._live else 0.0),
+            self._training_flops(geometries, receiver) + (self._live_flops(unit) * groups if live else 0.0),
             self._exact_flops(unit, geometries),
             results,
         )

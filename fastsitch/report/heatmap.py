@@ -18,6 +18,7 @@ from fastsitch.report.metric_styles import Style, style_of
 from fastsitch.report.write_figures import save_figure
 from fastsitch.runs.output_source import source_of
 from fastsitch.runs.run import Run
+from fastsitch.runs.run_record import accuracy_note
 from fastsitch.stitching.cells import Unit
 from fastsitch.vocabulary import Metric, Setting
 
@@ -53,8 +54,8 @@ def pair_panel(run: Run, sender: str, receiver: str, setting: Setting, metric: M
         sender_positions=[name for name, _ in first.positions],
         receiver_positions=[name for name, _ in last.positions],
         title=(
-            f"{setting}: {_kind(setting[0])} {sender} ({first.accuracy:.3f})"
-            f"  →  {_kind(setting[-1])} {receiver} ({last.accuracy:.3f})"
+            f"{setting}: {_kind(setting[0])} {sender}{accuracy_note(first.accuracy)}"
+            f"  →  {_kind(setting[-1])} {receiver}{accuracy_note(last.accuracy)}"
         ),
     )
 

@@ -15,6 +15,7 @@ from fastsitch.generation.generate_images import PairImages
 from fastsitch.generation.input_stitches import VARIANTS
 from fastsitch.report.write_figures import save_figure
 from fastsitch.runs.output_source import require_replaceable
+from fastsitch.runs.run_record import accuracy_note
 from fastsitch.stitching.cells import Unit
 
 DPI = 160
@@ -100,8 +101,8 @@ def images_figure(pair: PairImages, variant: str) -> Figure:
     figure.text(
         0.1 / figure_width,
         1 - 0.1 / figure_height,
-        f"{pair.setting}: {_KIND[pair.setting[0]]} {pair.sender} ({sender:.3f})"
-        f"  →  input of {_KIND[pair.setting[-1]]} {pair.receiver} ({receiver:.3f})\n"
+        f"{pair.setting}: {_KIND[pair.setting[0]]} {pair.sender}{accuracy_note(sender)}"
+        f"  →  input of {_KIND[pair.setting[-1]]} {pair.receiver}{accuracy_note(receiver)}\n"
         f"stitches {_HOW[variant]}; values outside [0, 1] clamped",
         va="top",
         fontsize=9,

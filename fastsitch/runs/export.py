@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fastsitch.files import output_folder, write_json, write_npz
 from fastsitch.runs.output_source import MATRICES, require_replaceable, source_of
 from fastsitch.runs.run import Run
+from fastsitch.runs.run_record import known_accuracy
 from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.stitching.cells import Unit
 from fastsitch.stitching.matching import RIDGE
@@ -88,7 +89,7 @@ def _sidecar(run: Run, sender: str, receiver: str, setting: Setting) -> dict[str
         "seeds": list(config.seeds),
         "recipe": asdict(config.recipe),
         "order": {"block": config.block, "window": config.window},
-        "resolved": asdict(run.resolved),
+        "resolved": run.resolved.to_dict(),
         "versions": run.versions,
         **({"continued": list(run.record.continued)} if run.record.continued else {}),
     }
@@ -99,6 +100,6 @@ def _matching(config: SweepConfig) -> dict[str, Any]:
 
 
 def _network(network: Any) -> dict[str, Any]:
-    known = {"accuracy": network.accuracy, "width": network.width, "weights_hash": network.weights_hash}
+    known = {"accuracy": known_accuracy(network.accuracy), "width": network.width, "weights_hash": network.weights_hash}
     other = {"transform": network.transform, "weights": network.weights}
     return {**known, **{key: value for key, value in other.items() if value is not None}}

@@ -144,8 +144,9 @@ class Run:
     def _inputs(self, unit: Unit) -> str:
         """A hash of all that a unit's results depend on."""
         networks = [self.networks[name].weights_hash for name in (unit.sender_network, unit.receiver_network)]
+        source = self.resolved.source_of(unit.sender_network)
         return stable_hash(
-            [unit.name, networks, self.data_hash, self.config.to_dict(), self.resolved.precision, self.resolved.source]
+            [unit.name, networks, self.data_hash, self.config.to_dict(), self.resolved.precision, source]
         )
 
     def read(self, unit: Unit) -> dict[str, NDArray[Any]]:

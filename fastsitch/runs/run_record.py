@@ -1,5 +1,6 @@
 """What a run records: what was asked for, of which networks and images, what auto chose, and by which versions."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -23,6 +24,7 @@ class NetworkInput:
     weights_hash: str
     width: int
     accuracy: float
+    """On the test images; NaN, and not in files, where it has no classifier."""
     positions: tuple[tuple[str, Shape], ...]
     """Name and shape of every position: (C, H, W) for maps."""
     transform: dict[str, Any] | None = None
@@ -30,15 +32,20 @@ class NetworkInput:
     weights: dict[str, str] | None = None
     """Of a pretrained network: name, file, revision, sha256 and licence of its weights."""
 
+    def __eq__(self, other: object) -> bool:
+        # an accuracy that there is not equals another one
+        return isinstance(other, NetworkInput) and self.to_dict() == other.to_dict()
+
     def to_dict(self) -> dict[str, Any]:
         """For JSON; without what only some networks have as it was before there were such."""
-        content = asdict(self)
-        return content if self.weights is not None else {key: content[key] for key in content if key != "weights"}
+        content = {**asdict(self), "accuracy": known_accuracy(self.accuracy)}
+        left_out = [key for key in ("weights", "accuracy") if content[key] is None]
+        return {key: content[key] for key in content if key not in left_out}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "NetworkInput":
         positions = tuple((name, tuple(shape)) for name, shape in content["positions"])
-        return cls(**{**content, "positions": positions})
+        return cls(**{"accuracy": math.nan, **content, "positions": positions})
 
     def position(self, network: str, which: int | str) -> int:
         """The index of a position, given by its index or its name; raises RunError."""
@@ -51,6 +58,16 @@ class NetworkInput:
         raise RunError(f"{network} has no position {which}: it has {listed}")
 
 
+def known_accuracy(accuracy: float) -> float | None:
+    """For JSON, which has no NaN."""
+    return None if math.isnan(accuracy) else accuracy
+
+
+def accuracy_note(accuracy: float) -> str:
+    """A network's own accuracy behind its name in a title: `` (0.912)``, or nothing where there is none."""
+    return "" if math.isnan(accuracy) else f" ({accuracy:.3f})"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
     """What ``auto`` chose when the run began; frozen into it."""
@@ -61,6 +78,17 @@ class Resolved:
     compile: Compile
     group_size: int
     source: SourceName
+    sources: dict[str, SourceName] = field(default_factory=dict)
+    """By network, where another one was better."""
+
+    def source_of(self, network: NetworkName) -> SourceName:
+        """Where the representations of a network come from."""
+        return self.sources.get(str(network), self.source)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; as it was when all networks had one source."""
+        content = asdict(self)
+        return content if self.sources else {key: content[key] for key in content if key != "sources"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +111,7 @@ class RunRecord:
         content = {
             "format": FORMAT,
             "config": self.config.to_dict(),
-            "resolved": asdict(self.resolved),
+            "resolved": self.resolved.to_dict(),
             "networks": {str(name): network.to_dict() for name, network in self.networks.items()},
             "data_hash": self.data_hash,
             "versions": self.versions,

@@ -293,7 +293,7 @@ def sweep_config(
         recipe=_recipe(dataset, options),
         settings=tuple(dict.fromkeys(separated(options.get("settings", "T2T")))),  # type: ignore[arg-type]
         seeds=tuple(dict.fromkeys(_seeds(options.get("seeds", 0)))),
-        positions=_patterns(options.get("positions")),
+        positions=position_patterns(options.get("positions")),
         group_size=str(options.get("group_size", "auto")),
         **{key: value for key, value in options.items() if key not in _CONVERTED},  # type: ignore[arg-type]
     )
@@ -324,7 +324,11 @@ def _recipe(dataset: str, options: SweepOptions) -> TrainingRecipe:
 
 def checked_run_name(name: str, what: str | None = None) -> str:
     """A name that can be a folder; raises ConfigError, which calls it ``what``, or by the argument."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name) or name.endswith(".partial"):
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name)
+        or name.endswith(".partial")
+    ):
         raise ConfigError(
             f"{what or argument('run', name)}: expected letters, digits, '.', '_' and '-', starting with a letter or "
             "digit"
@@ -342,7 +346,7 @@ def _seeds(seeds: Sequence[int] | int | str) -> Sequence[int]:
         raise ConfigError(f"{argument('seeds', seeds)}: expected whole numbers") from None
 
 
-def _patterns(positions: Sequence[str] | str | None) -> tuple[str, ...]:
+def position_patterns(positions: Sequence[str] | str | None) -> tuple[str, ...]:
     if positions is None:
         return ()
     patterns = tuple(dict.fromkeys(map(str, separated(positions))))

@@ -1,9 +1,9 @@
 """Units, cells and stitches of a sweep, computed once and handed on."""
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 
 from fastsitch.chains.layout import Shape
+from fastsitch.chains.position import chosen_positions
 from fastsitch.errors import ConfigError, argument
 from fastsitch.network_names import NetworkName
 from fastsitch.runs.sweep_config import SweepConfig
@@ -31,6 +31,14 @@ class SweepPlan:
             for network, named in positions.items()
         }
         self._geometries: dict[tuple[NetworkName, NetworkName], Geometries] = {}
+
+    def chosen(self, network: NetworkName) -> list[int]:
+        """The positions of a network that the sweep asks for."""
+        return self._chosen[network]
+
+    def held(self, network: NetworkName) -> list[Shape]:
+        """The shapes of those positions: what a source of the network holds."""
+        return [self.shapes[network][index] for index in self._chosen[network]]
 
     def cells(self, unit: Unit) -> list[Cell]:
         """The cells of a unit that the sweep asks for, by receiver position."""
@@ -78,10 +86,3 @@ class SweepPlan:
         if alike:
             there = "; ".join(f"{', '.join(networks)} has {', '.join(named)}" for named, networks in alike.items())
             raise ConfigError(f"{asked}: a network has none of these: {there}")
-
-
-def chosen_positions(names: Sequence[str], patterns: Sequence[str]) -> list[int]:
-    """The positions whose names match one of the patterns, by index; all where there is no pattern."""
-    return [
-        k for k, name in enumerate(names) if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
-    ]

@@ -1,6 +1,8 @@
 """A run that is opened for work: its data set, its networks and their representations, on one device."""
 
 import logging
+import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -66,7 +68,9 @@ class Networks:
         """What a run records; the accuracy of an untrained control is measured here, as is one on other images."""
         record, chain = self.load(name).record, self.load(name).chain
         accuracy = record.accuracy
-        if accuracy is None:
+        if record.definition is not None and not record.definition.can_receive:
+            accuracy = math.nan
+        elif accuracy is None:
             accuracy, _ = evaluate_network(chain.to(device), self.dataset.test.to(device), record.transform)
             chain.cpu()
             log.info("%s: accuracy %.4f on the test images of %s", name, accuracy, self.dataset.name)
@@ -87,16 +91,21 @@ class Networks:
 class Workbench:
     """What training, measuring and generating images need of a run.
 
-    ``source`` is where representations come from, if not from the one that is frozen into the run.
+    ``source`` says where the representations of a network come from, if not from what is frozen into the run.
     """
 
     def __init__(
-        self, root: Root, run: Run, networks: Networks, device: torch.device, source: SourceName | None = None
+        self,
+        root: Root,
+        run: Run,
+        networks: Networks,
+        device: torch.device,
+        source: Callable[[NetworkName], SourceName] | None = None,
     ) -> None:
         self.root = root
         self.run = run
         self.networks = networks
-        self.source = source or run.resolved.source
+        self.source = source or run.resolved.source_of
         self.dataset = networks.dataset
         self.device = device
         self.dtype = DTYPES[run.resolved.precision]
@@ -105,13 +114,16 @@ class Workbench:
             self.dataset,
             networks.load,
             source=self.source,
+            chosen=run.plan.chosen,
             dtype=self.dtype,
             device=device,
         )
         self._receivers: dict[NetworkName, Receiver] = {}
 
     @classmethod
-    def open(cls, root: Root, run: Run, device: torch.device, source: SourceName | None = None) -> "Workbench":
+    def open(
+        cls, root: Root, run: Run, device: torch.device, source: Callable[[NetworkName], SourceName] | None = None
+    ) -> "Workbench":
         """Load the run's data set; raises DataError, or RunError where it is not the one that the run began with."""
         dataset = load_dataset(run.config.dataset, root.data_dir)
         require_same_data(run, dataset.hash)
