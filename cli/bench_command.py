@@ -83,11 +83,9 @@ def bench(
 
 def _writable(given: str) -> Path:
     """The file that is to be written; raises ConfigError where it cannot be."""
-    from fastsitch.files import expanded, require_regular
+    from fastsitch.files import output_path, require_regular
 
-    if not given.strip():
-        raise ConfigError(f"{argument('json')} is empty: expected the name of a file")
-    file = expanded(given)
+    file = output_path("json", given, "file")
     if file.is_dir():
         raise ConfigError(f"{argument('json', file)} is a folder: expected the name of a file")
     require_regular(file)

@@ -10,7 +10,7 @@ from fastsitch.cli.text_formats import counted, size, table
 
 def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
     """Show networks, activation stores and runs."""
-    from fastsitch.errors import ConfigError, argument
+    from fastsitch.errors import ConfigError, argument, printable
     from fastsitch.root import Root
     from fastsitch.runs import inventory
 
@@ -51,7 +51,7 @@ def list_root(root: RootOption = None, debug: DebugOption = False) -> None:
         else [entry.path.name, entry.dataset, "unusable", "", entry.problem]
         for entry in inventory.runs(here)
     ]
-    typer.echo(f"root {here.path}")
+    typer.echo(f"root {printable(str(here.path))}")
     for title, header, rows in (
         ("networks", ["network", "data set", "width", "input", "accuracy", "recipe"], networks),
         ("stores", ["network", "data set", "dtype", "size"], stores),

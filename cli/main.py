@@ -22,7 +22,7 @@ from fastsitch.cli.paper_command import paper
 from fastsitch.cli.probe_command import probe
 from fastsitch.cli.result_commands import compare, export, images, plot, tables
 from fastsitch.cli.sweep_command import sweep
-from fastsitch.errors import FastsitchError
+from fastsitch.errors import FastsitchError, printable
 
 app = typer.Typer(
     name="fastsitch",
@@ -176,7 +176,8 @@ def _fail(message: str, code: int) -> int:
     if progress_display.debugging():
         traceback.print_exc()
     # a path, or what somebody typed, may be as long as a page, and command the terminal
-    message = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in message)
+    # a line of its own, such as a command to paste, is indented; other ends of lines come from names
+    message = "\n  ".join(map(printable, message.split("\n  ")))
     message = re.sub(r"\S{400,}", lambda found: f"{found[0][:200]}...", message)
     sys.stderr.write(f"fastsitch: {message[:_LONGEST]}\n")
     return code

@@ -25,7 +25,7 @@ from fastsitch.cli.options import (
 )
 from fastsitch.cli.progress_display import ProgressDisplay
 from fastsitch.cli.text_formats import counted, size, table
-from fastsitch.errors import ConfigError, argument
+from fastsitch.errors import ConfigError, argument, printable
 from fastsitch.vocabulary import DEFAULT_DATASET, Compression, HeadChoice, NetworkRecipe, StoredDtype
 
 if TYPE_CHECKING:
@@ -253,7 +253,8 @@ def add(
         device=device,
     )
     shape = "x".join(map(str, definition.input_shape))
-    typer.echo(f"{name}: {definition.source.text}, {definition.classes} classes, images {shape}, on {dataset}")
+    source = printable(definition.source.text)
+    typer.echo(f"{name}: {source}, {definition.classes} classes, images {shape}, on {printable(dataset)}")
     rows = [
         [
             str(position.index),

@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 from fastsitch.cli.text_formats import duration, rate_text
+from fastsitch.errors import printable
 from fastsitch.progress import Progress
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class _LineHandler(logging.Handler):
     """Log records as plain lines on stderr, above the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        display, line = ProgressDisplay._active, self.format(record)
+        display, line = ProgressDisplay._active, printable(self.format(record))
         if display is None:
             _write_line(line)
         else:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from io import StringIO
 
+from fastsitch.errors import printable
+
 _WIDEST = 10_000
 """Tables are as wide as they need to be: whoever reads them from a pipe wants whole lines."""
 
@@ -18,7 +20,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         drawn.add_column(title, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         # names of files need not be text
-        drawn.add_row(*(cell.encode(errors="backslashreplace").decode() for cell in row))
+        drawn.add_row(*(printable(cell.encode(errors="backslashreplace").decode()) for cell in row))
     text = StringIO()
     Console(file=text, width=_WIDEST, color_system=None, markup=False, highlight=False, emoji=False).print(drawn)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())

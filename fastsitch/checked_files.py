@@ -103,14 +103,15 @@ def read_npz(path: Path) -> dict[str, NDArray[Any]]:
 def require_arrays(arrays: Mapping[str, NDArray[Any]], expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
     """Raise DamagedFile unless arrays of these names are there, with these kinds of dtype and these shapes.
 
-    Kinds are NumPy's letters: ``f`` for floating-point numbers, ``i`` for whole ones, ``U`` for text.
+    Kinds are NumPy's letters: ``f`` for floating-point numbers, ``i`` for whole ones, ``U`` for text; with a size in
+    bytes, such as ``f8``, the dtype itself.
     """
     missing = [name for name in expected if name not in arrays]
     if missing:
         raise DamagedFile(f"it lacks {', '.join(missing)}")
     for name, (kind, shape) in expected.items():
         found = arrays[name]
-        if found.dtype.kind != kind or found.shape != shape:
+        if kind not in (found.dtype.kind, found.dtype.str[1:]) or found.shape != shape:
             raise DamagedFile(f"{name} is {found.dtype} of shape {found.shape}: expected {kind} of shape {shape}")
 
 

@@ -16,8 +16,13 @@ _LONGEST = 200
 
 def plain(text: str) -> str:
     """A text that others wrote, for a message of one line: without control characters, and not too long."""
-    shown = "".join(letter if letter.isprintable() else "?" for letter in text)
+    shown = printable(text)
     return shown if len(shown) <= _LONGEST else shown[:_LONGEST] + "..."
+
+
+def printable(text: str) -> str:
+    """A text without control characters and ends of lines."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 def argument(name: str, *value: object, option: str | None = None) -> str:

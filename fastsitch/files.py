@@ -1,9 +1,11 @@
 """Files that are either whole or absent: written aside, synced, then renamed."""
 
+import errno
 import glob
 import json
 import logging
 import os
+import re
 import shutil
 import socket
 import zipfile
@@ -17,12 +19,17 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
-from fastsitch.errors import BusyError, ConfigError, argument
+from fastsitch.errors import BusyError, ConfigError, argument, plain
 
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 """The end of the name of a file that is being written."""
+
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|file:")
+
+_VARIABLE = re.compile(r"\$(\w+|\{[^}]*\})")
+"""As shells know them; those that are set are replaced before it is looked for."""
 
 _LONGEST_COMMENT = 65_535
 """Of a zip archive."""
@@ -38,24 +45,42 @@ def expanded(path: str | os.PathLike[str]) -> Path:
 
 
 def output_folder(out: str | os.PathLike[str]) -> Path:
-    """The folder to write results to; raises ConfigError where it cannot be one."""
-    return usable_folder("out", out)
+    """The folder to write results to; raises ConfigError where it cannot be one, or nothing can be written there."""
+    folder = usable_folder("out", out)
+    existing = nearest_existing(folder)
+    if not os.access(existing, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        raise ConfigError(
+            f"cannot use {argument('out', folder)} ({os.strerror(errno.EACCES)}): expected a folder that can be written"
+        )
+    return folder
 
 
 def usable_folder(option: str, given: str | os.PathLike[str]) -> Path:
     """The folder that an argument names, which may not exist yet.
 
-    Raises ConfigError when the name is blank, or a file has its name, or that of a folder above it.
+    Raises ConfigError when the name is blank, an address, or has a variable in it that is not set, and when a file has
+    its name, or that of a folder above it.
     """
-    if not os.fspath(given).strip():
-        raise ConfigError(f"{argument(option)} is empty: expected the name of a folder")
-    folder = expanded(given)
+    folder = output_path(option, given, "folder")
     # no folder can be made below a file
     existing = next((path for path in (folder, *folder.parents) if _there(path)), folder)
     if _there(existing) and not existing.is_dir():
         where = "" if existing == folder else f": {existing}"
         raise ConfigError(f"{argument(option, folder)}{where} is a file: expected a folder, or a name for a new one")
     return folder
+
+
+def output_path(option: str, given: str | os.PathLike[str], kind: str) -> Path:
+    """The path on this machine that an argument names; ConfigError where it is blank, an address, or not known."""
+    if not os.fspath(given).strip():
+        raise ConfigError(f"{argument(option)} is empty: expected the name of a {kind}")
+    if _ADDRESS.match(os.fspath(given)):
+        raise ConfigError(f"{argument(option, given)} is an address: expected a {kind} on this machine")
+    path = expanded(given)
+    unset = _VARIABLE.search(str(path))
+    if unset:
+        raise ConfigError(f"{argument(option, given)}: {plain(unset[0])} is not set; expected the name of a {kind}")
+    return path
 
 
 def _there(path: Path) -> bool:

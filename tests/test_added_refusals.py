@@ -73,7 +73,10 @@ def refusals(tmp_path: Path, factory: Path) -> dict[str, tuple[list[str], str]]:
             r"--positions \(none\): expected names or patterns of positions",
         ),
         "classes": ([source, "--classes", "3"], "--classes 3: .* has 10 classes; expected at least that many"),
-        "first weights": ([f"{tmp_path}/nowhere.py:small"], r"initial weights that are not finite \(1\.weight\)"),
+        "first weights": (
+            [f"{tmp_path}/nowhere.py:small"],
+            r"initial weights that are not finite \(1\.weight of Linear\)",
+        ),
         "lazy": ([f"{tmp_path}/lazy.py:small"], "has lazy modules without weights yet: run the network once"),
         "outputs": (
             [f"{tmp_path}/dict.py:small"],

@@ -1,6 +1,7 @@
 """Factories that import files beside them."""
 
 import json
+import py_compile
 import sys
 from pathlib import Path
 
@@ -131,3 +132,60 @@ def test_weights_drawn_by_numpy_depend_on_the_seed_alone(tmp_path: Path) -> None
     assert torch.equal(built[0], built[1])
     assert not torch.equal(built[0], built[2])
     assert (np.random.get_state()[1] == state).all()
+
+
+OTHER_WAYS = """
+import importlib.util
+import runpy
+from pathlib import Path
+
+HERE = Path(__file__).parent
+loaded = importlib.util.spec_from_file_location("loaded", HERE / "parts" / "loaded.py")
+module = importlib.util.module_from_spec(loaded)
+loaded.loader.exec_module(module)
+found = {}
+exec((HERE / "executed.py").read_text(), found)
+
+def network(classes):
+    from torch import nn
+    channels = module.CHANNELS * found["TIMES"] * runpy.run_path(str(HERE / "run.py"))["TIMES"]
+    return nn.Sequential(nn.Conv2d(3, channels, 4, 4), nn.ReLU(), nn.Flatten(), nn.Linear(64 * channels, classes))
+"""
+
+
+def test_files_that_are_run_in_other_ways_are_recorded_too(few: str, tmp_path: Path) -> None:
+    folder, root = tmp_path / "net", tmp_path / "root"
+    files = {
+        "network.py": OTHER_WAYS,
+        "parts/loaded.py": "CHANNELS = 2\n",
+        "executed.py": "TIMES = 1\n",
+        "run.py": "TIMES = 2\n",
+        "venv/lib/site-packages/other.py": "",
+    }
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    # a source that was compiled before is not read
+    py_compile.compile(str(folder / "parts" / "loaded.py"))
+    source = f"{folder}/network.py:network"
+    definition, _ = fastsitch.add("net", source, dataset=few, root=root)
+    assert {name for name, _ in definition.source.neighbours} == {"parts/loaded.py", "executed.py", "run.py"}
+    fastsitch.train("net", dataset=few, epochs=1, root=root)
+    for name in ("parts/loaded.py", "executed.py", "run.py"):
+        before = (folder / name).read_text()
+        (folder / name).write_text(before + "# another\n")
+        with pytest.raises(NetworkError, match=rf"{name} has changed since the network was added"):
+            fastsitch.precompute("net", dataset=few, root=root, force=True)
+        (folder / name).write_text(before)
+    fastsitch.precompute("net", dataset=few, root=root)
+
+
+def test_an_import_while_the_network_runs_is_refused_with_what_to_do(few: str, tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text("scale = 2\n")
+    (tmp_path / "network.py").write_text(
+        "from torch import nn\n\n\nclass Late(nn.Sequential):\n    def forward(self, x):\n        import late\n\n"
+        "        return super().forward(x * late.scale)\n\n\n"
+        "def network():\n    return Late(nn.Flatten(), nn.Linear(3072, 10))\n"
+    )
+    with pytest.raises(NetworkError, match="No module named 'late'.*; import it where the network is built: forward"):
+        fastsitch.add("net", f"{tmp_path}/network.py:network", dataset=few, root=tmp_path / "root")

@@ -15,7 +15,7 @@ from tests.written_runs import written_run
 
 STEP = np.where(lower_left_mask(5, 5), 0.9, 0.6)
 FLAT = np.full((5, 5), 0.5)
-NOISY = STEP + numpy_generator("noise").normal(0, 0.05, (5, 5))
+NOISY = STEP + numpy_generator("noise").normal(0, 0.03, (5, 5))
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from fastsitch.networks.checkpoint import Network, load_network, require_fit
 from fastsitch.networks.find_network import models_folder
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.working_precision import working_network
 from fastsitch.root import Root
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ def ensure_store(
             )
         stored = tuple(position for position in network.chain.positions if position.index in wanted)
         sizes = {"train": len(dataset.train), "test": len(dataset.test)}
-        frozen = FrozenNetwork(network.chain, dtype=DTYPES[identity.compute], device=device)
+        frozen = storing_network(network, identity, device, f"use {argument('dtype', 'fp32')}")
         done, total = 0, sum(sizes.values())
         with (
             writing(folder, identity, stored, sizes, len(network.chain.positions)) as writer,
@@ -111,6 +112,11 @@ def ensure_store(
                     report(Progress(done, total, "images", f"precompute {network.record.name}"))
                 background.run(writer.write_samples, name, split.labels, torch.arange(len(split)))
         return ActivationStore.open(folder), True
+
+
+def storing_network(network: Network, identity: StoreIdentity, device: torch.device, remedy: str) -> FrozenNetwork:
+    """The network that a store is computed with; raises NetworkError, with ``remedy``, where it does not work so."""
+    return working_network(network.chain, network.record.name, remedy, dtype=DTYPES[identity.compute], device=device)
 
 
 class StoreMaker:

@@ -4,16 +4,19 @@ from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from fastsitch.chains.cut_points import PROBABILITIES
+from fastsitch.chains.kept_state import require_no_first_pass, require_weights, state_kept
 from fastsitch.chains.layout import Layout, token_layout
-from fastsitch.chains.module_between_cuts import copy_modules, cut_module, protect_inputs
+from fastsitch.chains.module_between_cuts import cut_module, protect_inputs
+from fastsitch.chains.module_copies import copy_modules
+from fastsitch.chains.node_values import run_segment
 from fastsitch.chains.position import Position
-from fastsitch.chains.trace import first_line
+from fastsitch.chains.trace import CannotCut
 from fastsitch.chains.vet_chain import require_same_values, vet_chain
 from fastsitch.chains.wrappers import unwrapped
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, plain
 from fastsitch.vocabulary import separated
 
 
@@ -136,16 +139,13 @@ class Chain(nn.Module):
             NetworkError: the network cannot be traced or cut, or has no such position; see :meth:`from_segments` then.
         """
         model = unwrapped(model)
-        example_input = _as_weights(example_input, [model])
-        if isinstance(model, Chain):
-            vet_chain(model, f"the {type(model).__name__}", logits=logits)
-            return model
-        if isinstance(positions, str):
-            positions = separated(positions)
-        chain = None if output is not None else _of_children(cls, model, example_input, positions, layouts)
-        chain = chain or _traced(cls, model, example_input, positions, layouts, output)
-        vet_chain(chain, f"the {type(model).__name__}", logits=logits)
-        return chain.eval()
+        what = f"the {plain(type(model).__name__)}"
+        if not isinstance(model, Chain):
+            require_weights([model], what)
+            require_no_first_pass([model], _as_weights(example_input, [model]), what)
+        chain = cut_chain(cls, model, example_input, positions, layouts, output)
+        vet_chain(chain, what, logits=logits)
+        return chain if chain is model else chain.eval()
 
     @classmethod
     def from_segments(
@@ -178,7 +178,9 @@ class Chain(nn.Module):
                 f"{len(segments)} segments and the names {list(names)}: expected at least one segment, and as many "
                 "different names"
             )
+        require_weights([*segments, head], "the chain")
         example_input = _as_weights(example_input, [*segments, head])
+        require_no_first_pass([*segments, head], example_input, "the chain")
         copied = copy_modules([*segments, head])
         modes = [(child, child.training) for module in copied for child in module.modules()]
         for module in copied:
@@ -189,6 +191,24 @@ class Chain(nn.Module):
         for module, training in modes:
             module.training = training
         return chain
+
+
+def cut_chain(
+    kind: type[Chain],
+    model: nn.Module,
+    example_input: Tensor,
+    positions: Sequence[str] | str | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    output: str | int | None = None,
+) -> Chain:
+    """As :meth:`Chain.from_module`, without the checks that run a network several times."""
+    if isinstance(model, Chain):
+        return model
+    example_input = _as_weights(example_input, [model])
+    if isinstance(positions, str):
+        positions = separated(positions)
+    chain = None if output is not None else _of_children(kind, model, example_input, positions, layouts)
+    return (chain or _traced(kind, model, example_input, positions, layouts, output)).eval()
 
 
 def _of_children(
@@ -212,10 +232,16 @@ def _of_children(
     (copied,) = copy_modules([model])
     assert isinstance(copied, nn.Sequential)
     copied.eval()
-    chain = _assembled(kind, *_split_children(copied, names), example_input, layouts)
-    with torch.no_grad():
-        if not isinstance(chain(example_input), Tensor):
+    try:
+        chain = _assembled(kind, *_split_children(copied, names), example_input, layouts)
+    except CannotCut:
+        # the last child gives more than logits, or another one several tensors to the next
+        try:
             return _traced(kind, model, example_input, names, layouts)
+        except NetworkError:
+            if positions is not None:
+                raise
+            return _traced(kind, model, example_input, None, layouts)
     require_same_values(copied, list(chain.segments), chain.head, names, example_input)
     return chain
 
@@ -242,13 +268,7 @@ def _assembled(
     layouts: Mapping[str, Layout] | None,
 ) -> Chain:
     """The chain of segments in eval mode."""
-    try:
-        *segments, head = protect_inputs([*segments, head], example_input)
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        raise NetworkError(
-            f"the segments do not fit together ({first_line(error)}): expected each to take the output of the one "
-            "before, a tensor (B, ...)"
-        ) from error
+    *segments, head = protect_inputs([*segments, head], example_input, names)
     channels, height, width = example_input.shape[1:]
     return kind(segments, head, names, (channels, height, width), layouts)
 
@@ -311,9 +331,11 @@ def _positions(
     modes = [module.training for module in segments.modules()]
     positions = []
     segments.eval()
-    with torch.no_grad():
+    # of a network that was traced it is known
+    made_by_hand = [segment for segment in segments if not isinstance(segment, fx.GraphModule)]
+    with torch.no_grad(), state_kept(made_by_hand, "the chain"):
         for index, (segment, name) in enumerate(zip(segments, names, strict=True)):
-            x = segment(x)
+            x = run_segment(segment, x, plain(name))
             if not x.is_floating_point():
                 raise NetworkError(
                     f"position {name!r} is a tensor of {str(x.dtype).removeprefix('torch.')}: expected one of real "

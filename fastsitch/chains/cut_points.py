@@ -22,6 +22,9 @@ log = logging.getLogger(__name__)
 PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.Sigmoid)
 """Modules whose output is no logits."""
 
+_CLASSES = (None, 1, -1)
+"""The dimension of the classes in (B, classes), as operations are given it."""
+
 _QUERIES = ("size", "dim", "ndimension", "numel", "nelement", "stride", "get_device", "is_floating_point")
 """Methods whose result depends on the kind of a tensor, not on its values; so do attributes such as ``shape``."""
 
@@ -173,8 +176,12 @@ class CutGraph:
 
     def _gives_probabilities(self, node: fx.Node) -> bool:
         if node.op == "call_module":
-            return isinstance(self.trace.root.get_submodule(str(node.target)), PROBABILITIES)
-        return operation(node) in ("softmax", "sigmoid", "_softmax")
+            module = self.trace.root.get_submodule(str(node.target))
+            return isinstance(module, PROBABILITIES) and getattr(module, "dim", None) in _CLASSES
+        # over the images it would be no probabilities of classes
+        dimension = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+        name = operation(node)
+        return name == "sigmoid" or (name in ("softmax", "_softmax") and dimension in _CLASSES)
 
     def _listed(self) -> str:
         names = ", ".join(point.name for point in self.points)

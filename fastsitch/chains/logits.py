@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.jit import ScriptModule
 
 from fastsitch.errors import NetworkError, argument
 
@@ -43,6 +44,10 @@ def output_part(outputs: Any, key: str | None) -> Any:
 def returning_logits(model: nn.Module, key: str | None) -> nn.Module:
     """The same module, which from now on returns this part of its outputs; names of its weights stay as they are."""
     if key is not None:
+        if isinstance(model, ScriptModule):
+            raise NetworkError(
+                f"a TorchScript network returns more than its logits ({key}): wrap it in a module that does not"
+            )
         model.register_forward_hook(partial(_pick, key))
     return model
 

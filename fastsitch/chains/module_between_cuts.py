@@ -1,8 +1,7 @@
 """Cutting a network: what lies between two cuts becomes a module."""
 
-import copy
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,11 +15,11 @@ from fastsitch.chains.cut_points import CutGraph
 from fastsitch.chains.export_trace import export_module
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.logits import logits_key, returning_logits
-from fastsitch.chains.node_values import TensorSpec, run_model
+from fastsitch.chains.module_copies import copy_modules
+from fastsitch.chains.node_values import TensorSpec, run_model, run_segment
 from fastsitch.chains.trace import FROM_SEGMENTS, SIZES, CannotCut, Trace, trace_module
 from fastsitch.chains.vet_chain import require_same_values
-from fastsitch.chains.wrappers import unwrap_inside
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, plain
 
 
 @dataclass(frozen=True)
@@ -106,42 +105,17 @@ def _cut(
     return CutNetwork(segments, head, names, kinds, graph)
 
 
-def copy_modules(modules: Sequence[nn.Module]) -> list[nn.Module]:
-    """Copies that share with each other what the modules share, with in-place activations turned off.
+def protect_inputs(segments: Sequence[nn.Module], x: Tensor, names: Sequence[str] = ()) -> list[nn.Module]:
+    """The segments of a network that runs on ``x``; those that change their input in place get a copy of it.
 
-    Tensors that a pass computed and a module kept are copied without their history, which cannot be.
+    By ``names``, those of all but the last, which is the head, errors name them.
     """
-    computed: dict[int, Any] = {}
-    for module in (child for each in modules for child in each.modules()):
-        for tensor in _tensors_in(list(module.__dict__.values()), set()):
-            if not tensor.is_leaf:
-                computed[id(tensor)] = tensor.detach().clone()
-    copied = copy.deepcopy(list(modules), computed)
-    for module in (child for each in copied for child in each.modules()):
-        if hasattr(module, "inplace"):
-            module.__dict__["inplace"] = False
-        unwrap_inside(module)
-    return copied
-
-
-def _tensors_in(values: Sequence[Any], seen: set[int]) -> Iterator[Tensor]:
-    """Tensors among some values, and inside lists, tuples and dictionaries of them, which may contain themselves."""
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple | set | dict) and id(value) not in seen:
-            seen.add(id(value))
-            yield from _tensors_in(list(value.values() if isinstance(value, dict) else value), seen)
-
-
-def protect_inputs(segments: Sequence[nn.Module], x: Tensor) -> list[nn.Module]:
-    """The segments of a network that runs on ``x``; those that change their input in place get a copy of it."""
     protected: list[nn.Module] = []
-    for segment in segments:
+    for index, segment in enumerate(segments):
         given = x.clone()
         version = given._version
         with torch.no_grad():
-            x = segment(given)
+            x = run_segment(segment, given, plain(names[index]) if index < len(names) else "the head")
         protected.append(segment if given._version == version else _CopiesInput(segment))
     return protected
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fastsitch.chains.trace import Trace, first_line
+from fastsitch.chains.trace import CannotCut, Trace, first_line
 from fastsitch.errors import NetworkError
 
 
@@ -24,10 +24,32 @@ def run_model(model: nn.Module, x: Tensor) -> Any:
         return model(x)
     # a network's own code: it may raise anything
     except Exception as error:
+        late = "; import it where the network is built: forward cannot import files beside it"
         raise NetworkError(
             f"cannot cut a {type(model).__name__}: it does not run on images {tuple(x.shape[1:])} "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"({type(error).__name__}: {first_line(error)}){late if isinstance(error, ModuleNotFoundError) else ''}"
         ) from error
+
+
+def run_segment(segment: nn.Module, x: Tensor, name: str) -> Tensor:
+    """What a segment makes of the output of the one before.
+
+    Raises NetworkError where it does not run, CannotCut where it gives no tensor that can be a representation.
+    """
+    expected = "expected each to take the output of the one before, a tensor (B, ...)"
+    try:
+        y = segment(x)
+    except NetworkError:
+        raise
+    # a network's own code: it may raise anything
+    except Exception as error:
+        raise NetworkError(
+            f"the segments do not fit together ({name}: {type(error).__name__}: {first_line(error)}): {expected}"
+        ) from error
+    if not isinstance(y, Tensor) or y.is_nested or y.layout != torch.strided:
+        kind = "a tensor that is not dense" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise CannotCut(f"the segments do not fit together ({name} returns {kind}): {expected}")
+    return y
 
 
 def node_values(trace: Trace, x: Tensor) -> dict[fx.Node, Any]:

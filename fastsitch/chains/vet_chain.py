@@ -3,13 +3,17 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastsitch.chains.trace import CannotCut
+from fastsitch.chains.end_of_network import check_logits
+from fastsitch.chains.kept_state import require_weights
+from fastsitch.chains.same_values import same_values
+from fastsitch.chains.trace import CannotCut, first_line
 from fastsitch.errors import NetworkError
 
 if TYPE_CHECKING:
@@ -40,15 +44,16 @@ def vet_chain(chain: "Chain", what: str, *, logits: bool = True) -> None:
     twenty. Raises NetworkError, in which the network is called ``what``.
     """
     names = [*(f"at position {position.name}" for position in chain.positions), "in its logits"]
-    with torch.no_grad(), _eval_mode(chain):
-        images = _different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
+    require_weights([chain], what)
+    with torch.no_grad(), eval_mode(chain), redirect_stderr(StringIO()):
+        images = different_images(chain, _MANY if math.prod(chain.input_shape) <= _SMALL else _FEW)
         before = torch.random.get_rng_state()
-        first = _outputs(chain, images[:_FEW])
+        first = _outputs(chain, images[:_FEW], what)
         _require_no_chance(before, what)
         # other neighbours, other places, another number of images
         batches = [[0, 3, 2, 1], [3, 0, 1]] + ([list(reversed(range(_MANY)))] if len(images) == _MANY else [])
         for batch in batches:
-            other = _outputs(chain, images[batch])
+            other = _outputs(chain, images[batch], what)
             for index, (name, one, two) in enumerate(zip(names, first, other, strict=True)):
                 if len(one) != _FEW or len(two) != len(batch):
                     raise NetworkError(
@@ -56,14 +61,14 @@ def vet_chain(chain: "Chain", what: str, *, logits: bool = True) -> None:
                     )
                 if all(_same_image(one, k, two, batch.index(k)) for k in range(_FEW) if k in batch):
                     continue
-                if not same_values(one, _outputs(chain, images[:_FEW])[index]):
+                if not same_values(one, _outputs(chain, images[:_FEW], what)[index]):
                     raise NetworkError(f"{name} {what} {OTHER_OUTPUTS}")
                 raise NetworkError(
                     f"{name} {what} gives an image other values beside other images of its batch; expected every image "
                     "by itself in eval mode, such as BatchNorm with track_running_stats=True"
                 )
     if logits:
-        _require_logits(first[-1], what)
+        check_logits(chain, first[-1], what)
 
 
 def _require_no_chance(before: Tensor, what: str) -> None:
@@ -98,6 +103,39 @@ def require_same_values(
     other ones meanwhile: zero times a wrong value would be right. ``after`` is what the model does to the logits.
     """
     x = torch.randn(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    with torch.no_grad(), _no_zero_weights(model):
+        rest = [head] if after is None else [head, after]
+        # before the model, whose code may change the modes of modules that both have
+        given, outputs = x.clone(), []
+        for segment in segments:
+            given = segment(given)
+            outputs.append(given.clone())
+        end = _in_turn(rest, given)
+        before = torch.random.get_rng_state()
+        with recording(model, names) as found:
+            expected = model(x.clone())
+        _require_no_chance(before, f"the {type(model).__name__}")
+        wrong = next(
+            (
+                f"the output of {name}"
+                for name, output in zip(names, outputs, strict=True)
+                if name in found and not _same_up_to_axes(output, found[name])
+            ),
+            "",
+        )
+        if not wrong and not same_values(end, expected):
+            wrong = "its output"
+        elif not wrong and not _same_for_one_image(model, [*segments, *rest], x[:1]):
+            wrong = "its output for one image alone"
+        if wrong and not same_values(expected, model(x.clone())):
+            raise NetworkError(f"the {type(model).__name__} {OTHER_OUTPUTS}")
+        if wrong:
+            raise CannotCut(f"cannot cut a {type(model).__name__}: its segments do not reproduce {wrong}")
+
+
+@contextmanager
+def recording(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """The first output, of several the first tensor, of each of these modules that runs inside the block."""
     found: dict[str, Tensor] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -108,39 +146,11 @@ def require_same_values(
 
         return remember
 
-    modules = dict(model.named_modules())
+    # those of TorchScript take no hooks
+    modules = {name: each for name, each in model.named_modules() if not isinstance(each, torch.jit.ScriptModule)}
     hooks = [modules[name].register_forward_hook(hook(name)) for name in names if name in modules]
     try:
-        with torch.no_grad(), _no_zero_weights(model):
-            rest = [head] if after is None else [head, after]
-            # before the model, whose code may change the modes of modules that both have
-            given, outputs = x.clone(), []
-            for segment in segments:
-                given = segment(given)
-                outputs.append(given.clone())
-            end = _in_turn(rest, given)
-            found.clear()
-            before = torch.random.get_rng_state()
-            expected = model(x.clone())
-            for handle in hooks:
-                handle.remove()
-            _require_no_chance(before, f"the {type(model).__name__}")
-            wrong = next(
-                (
-                    f"the output of {name}"
-                    for name, output in zip(names, outputs, strict=True)
-                    if name in found and not _same_up_to_axes(output, found[name])
-                ),
-                "",
-            )
-            if not wrong and not same_values(end, expected):
-                wrong = "its output"
-            elif not wrong and not _same_for_one_image(model, [*segments, *rest], x[:1]):
-                wrong = "its output for one image alone"
-            if wrong and not same_values(expected, model(x.clone())):
-                raise NetworkError(f"the {type(model).__name__} {OTHER_OUTPUTS}")
-            if wrong:
-                raise CannotCut(f"cannot cut a {type(model).__name__}: its segments do not reproduce {wrong}")
+        yield found
     finally:
         for handle in hooks:
             handle.remove()
@@ -160,7 +170,9 @@ def _same_for_one_image(model: nn.Module, modules: Sequence[nn.Module], x: Tenso
     except Exception:
         return True
     try:
-        return same_values(_in_turn(modules, x), expected)
+        # a graph that fails prints what it was
+        with redirect_stderr(StringIO()):
+            return same_values(_in_turn(modules, x), expected)
     except (RuntimeError, TypeError, ValueError, IndexError, AssertionError):
         return False
 
@@ -199,16 +211,6 @@ def _drop_caches(model: nn.Module) -> None:
                 each.training = before
 
 
-def same_values(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal up to rounding; NaN equals NaN."""
-    if one.shape != other.shape:
-        return False
-    one, other = one.double(), other.double()
-    largest = one.nan_to_num(0, 0, 0).abs().max().item() if one.numel() else 0.0
-    # of values that are all tiny the differences are too
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-5 * min(1.0, largest), equal_nan=True)
-
-
 def require_gradients(chain: "Chain", positions: Sequence[int], what: str) -> None:
     """Raise NetworkError unless the logits have a gradient at each of these positions; warn where it is zero.
 
@@ -229,71 +231,51 @@ def require_gradients(chain: "Chain", positions: Sequence[int], what: str) -> No
 def gradient_faults(chain: "Chain", positions: Sequence[int]) -> tuple[list[str], list[str]]:
     """The names of positions at which the logits have no gradient, and of those at which it is zero.
 
-    One backward pass for each, on two images.
+    One pass on two images and back, segment by segment: all that is before a position goes through it.
     """
-    without, zero = [], []
-    with _eval_mode(chain):
+    passed: list[tuple[Tensor, Tensor]] = []
+    with eval_mode(chain):
         with torch.no_grad():
-            representations = chain.representations(_different_images(chain, 2))
-        for j in positions:
-            gradient = _gradient(chain, representations[j], j)
-            if gradient is None:
-                without.append(chain.positions[j].name)
-            elif not gradient.any():
-                zero.append(chain.positions[j].name)
-    return without, zero
+            x = chain.segments[0](different_images(chain, 2))
+        for module in (*list(chain.segments)[1:], chain.head):
+            # a position, as if all before it were the sender
+            x = x.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                y = module(x)
+            passed.append((x, y))
+            x = y
+    gradients: dict[int, Tensor | None] = {}
+    # weighted, since the sum of the logits may be constant
+    gradient: Tensor | None = torch.linspace(-1, 1, x.numel(), dtype=x.dtype, device=x.device).view_as(x)
+    for j, (given, output) in reversed(list(enumerate(passed))):
+        gradient = None if gradient is None else _gradient(given, output, gradient)
+        gradients[j] = gradient
+    names = [position.name for position in chain.positions]
+    without = [names[j] for j in positions if gradients[j] is None]
+    return without, [names[j] for j in positions if (found := gradients[j]) is not None and not found.any()]
 
 
-def _gradient(chain: "Chain", representation: Tensor, j: int) -> Tensor | None:
-    """Of the logits for position ``j``; None where there is none."""
-    with torch.enable_grad():
-        leaf = representation.detach().clone().requires_grad_()
-        try:
-            logits = chain.tail(leaf, j)
-            if not logits.requires_grad:
-                return None
-            # weighted, since the sum of the logits may be constant
-            weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device)
-            (gradient,) = torch.autograd.grad((logits * weights.view_as(logits)).sum(), leaf, allow_unused=True)
-        except RuntimeError:
-            return None
-    return gradient
+def _gradient(x: Tensor, output: Tensor, of_output: Tensor) -> Tensor | None:
+    """At ``x``, given that at what was made of it; None where there is none."""
+    try:
+        return torch.autograd.grad(output, x, of_output, allow_unused=True)[0] if output.requires_grad else None
+    # an operation without a way back
+    except RuntimeError:
+        return None
 
 
-def _require_logits(outputs: Tensor, what: str) -> None:
-    if outputs.dim() != 2 or outputs.shape[1] < 2 or not outputs.isfinite().all():
-        return
-    for form, values in (("-log_softmax", (-outputs).exp()), ("log10 of a softmax", 10**outputs)):
-        # a log_softmax itself has the cross-entropy of its logits
-        if outputs.shape[1] > 2 and _sums_to_one(values):
-            raise NetworkError(f"{what} ends in {form}: expected logits; leave out what is behind them")
-    sums = outputs.sum(1)
-    varied = (outputs >= 0).all() and not same_values(outputs[:1], outputs[1:2])
-    if varied and not _sums_to_one(outputs) and same_values(sums, sums[:1].expand_as(sums)):
+def _outputs(chain: "Chain", x: Tensor, what: str) -> list[Tensor]:
+    try:
+        representations = [representation.clone() for representation in chain.representations(x)]
+        return [*representations, chain.tail(representations[-1].clone(), len(representations) - 1).clone()]
+    # its own code: it may raise anything
+    except Exception as error:
         raise NetworkError(
-            f"{what} ends in outputs that sum to {sums[0]:.4g} for every image, as a scaled softmax: expected logits; "
-            "leave out what is behind them"
-        )
-    if outputs.min() < 0 or outputs.max() > 1 or (outputs == outputs[:1, :1]).all():
-        return
-    if same_values(outputs.sum(1), torch.ones_like(outputs[:, 0])):
-        raise NetworkError(
-            f"{what} ends in probabilities, which sum to 1: expected logits; leave out the softmax at its end"
-        )
-    log.warning("%s: all outputs lie between 0 and 1, as behind a sigmoid; they are taken for logits", what)
+            f"{what} does not run on {len(x)} images ({type(error).__name__}: {first_line(error)}): expected any number"
+        ) from error
 
 
-def _sums_to_one(outputs: Tensor) -> bool:
-    sums = outputs.sum(1)
-    return same_values(sums, torch.ones_like(sums))
-
-
-def _outputs(chain: "Chain", x: Tensor) -> list[Tensor]:
-    representations = [representation.clone() for representation in chain.representations(x)]
-    return [*representations, chain.tail(representations[-1].clone(), len(representations) - 1)]
-
-
-def _different_images(chain: "Chain", count: int) -> Tensor:
+def different_images(chain: "Chain", count: int) -> Tensor:
     """So many images (count, C, H, W), always the same, on the chain's device and in its dtype."""
     like = next((parameter for parameter in chain.parameters() if parameter.is_floating_point()), torch.empty(0))
     generator = torch.Generator().manual_seed(0)
@@ -301,7 +283,7 @@ def _different_images(chain: "Chain", count: int) -> Tensor:
 
 
 @contextmanager
-def _eval_mode(chain: nn.Module) -> Iterator[None]:
+def eval_mode(chain: nn.Module) -> Iterator[None]:
     """As all who run it have it: a module may not follow."""
     modes = [(module, module.training) for module in chain.modules()]
     chain.eval()

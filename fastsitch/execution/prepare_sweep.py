@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from fastsitch.activations.precompute import open_fitting, store_identity
+from fastsitch.activations.precompute import open_fitting, store_identity, storing_network
 from fastsitch.chains.vet_chain import require_gradients
 from fastsitch.data import load_dataset
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, argument
 from fastsitch.machine import DTYPES, available_memory, configure, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import namesake, read_record
@@ -16,6 +16,7 @@ from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import memory_budget
 from fastsitch.planning.resolve_auto import resolve
 from fastsitch.planning.source_rates import choose_measured
+from fastsitch.receivers.working_precision import working_network
 from fastsitch.root import Root
 from fastsitch.runs.continue_run import require_same_device, require_same_run
 from fastsitch.runs.run import Run
@@ -23,6 +24,7 @@ from fastsitch.runs.run_record import Resolved, RunRecord
 from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.runs.sweep_plan import SweepPlan
 from fastsitch.runs.workbench import Networks, Workbench
+from fastsitch.suggested_command import command
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +50,8 @@ class Preparation:
         self._inputs = {network: self._networks.describe(network, self._device) for network in config.networks}
         self._plan = SweepPlan(config, {name: network.positions for name, network in self._inputs.items()})
         self._plan.require_stitches()
-        self._require_gradients()
+        self._require_receivers()
+        self._require_senders()
 
     def existing(self, path: Path) -> Run | None:
         """The run at ``path``, if there is one, of which the stores that are there can be used."""
@@ -99,15 +102,39 @@ class Preparation:
             RunRecord(config=self._config, resolved=resolved, networks=self._inputs, data_hash=self._dataset.hash),
         )
 
-    def _require_gradients(self) -> None:
-        """Refuse a receiver without a gradient where stitches are to be trained into it."""
-        if self._config.loss != "task":
-            return
+    def _require_receivers(self) -> None:
+        """Refuse a receiver that does not work in the run's precision, or without a gradient where one is needed."""
+        trained = self._config.loss == "task"
+        dtype = DTYPES[resolve_precision(self._config.precision, self._device)]
         for name in dict.fromkeys(unit.receiver_network for unit in self._plan.units):
-            if not name.built_in:
-                units = [unit for unit in self._plan.units if unit.receiver_network == name]
-                positions = sorted({cell.j for unit in units for cell in self._plan.cells(unit)})
-                require_gradients(self._networks.load(name).chain, positions, str(name))
+            if name.built_in:
+                continue
+            units = [unit for unit in self._plan.units if unit.receiver_network == name]
+            positions = sorted({cell.j for unit in units for cell in self._plan.cells(unit)})
+            chain = self._networks.load(name).chain
+            if trained:
+                require_gradients(chain, positions, str(name))
+            working_network(
+                chain,
+                str(name),
+                f"use {argument('precision', 'fp32')}",
+                dtype=dtype,
+                device=self._device,
+                gradients_to=positions[0] if trained and positions else None,
+            )
+
+    def _require_senders(self) -> None:
+        """Refuse a network whose representations cannot be computed as stores hold them, unless they are there."""
+        config = self._config
+        for name in config.stored_networks(config.units):
+            live = config.augments or config.source == "live"
+            if name.built_in or (not live and self._root.store(config.dataset, name).exists()):
+                continue
+            network = self._networks.load(name)
+            identity = store_identity(self._dataset, network, dtype="bf16", compress="none", device=self._device)
+            line = f"{command('precompute', name, dataset=config.dataset, root=self._root.path)} --dtype fp32"
+            without = f", and leave out {argument('source', 'live')}" if live else ""
+            storing_network(network, identity, self._device, f"make its store by {line}{without}")
 
     def _check_store(self, name: NetworkName) -> None:
         """Refuse a store that is stale, damaged or of other samples before any work begins, not when its turn comes."""

@@ -13,7 +13,7 @@ from fastsitch.activations.live_source import LiveSource, LiveSplit, LiveSplitIn
 from fastsitch.chains.chain import Chain
 from fastsitch.chains.vet_chain import require_gradients, vet_chain
 from fastsitch.data import Dataset, Normalisation, Transform
-from fastsitch.errors import NetworkError
+from fastsitch.errors import NetworkError, argument
 from fastsitch.machine import (
     DTYPES,
     available_memory,
@@ -25,6 +25,7 @@ from fastsitch.machine import (
 from fastsitch.planning.group_memory import StepKind, largest_group
 from fastsitch.progress import Report, ignore
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.working_precision import working_network
 from fastsitch.runs.sweep_config import SweepPrecision
 from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit, unit_cells
@@ -130,9 +131,11 @@ def stitch(
     vet_chain(receiver, "the receiver")
     if loss == "task":
         require_gradients(receiver, range(len(receiver.positions)), "the receiver")
-    frozen = FrozenNetwork(receiver, dtype=dtype, device=torch_device)
+    way_out = f"use {argument('precision', 'fp32')}"
+    back = 0 if loss == "task" else None
+    frozen = working_network(receiver, "the receiver", way_out, dtype=dtype, device=torch_device, gradients_to=back)
     _require_fit(sender, frozen, receiver.input_shape, dataset)
-    provider = FrozenNetwork(sender, dtype=dtype, device=torch_device)
+    provider = working_network(sender, "the sender", way_out, dtype=dtype, device=torch_device)
     transform = _transform(sender, sender_normalisation, dataset)
     train, test = (LiveSplit(provider, transform, x, stored=dtype, dtype=dtype) for x in (dataset.train, dataset.test))
     shapes = [[position.rows for position in chain.positions] for chain in (sender, receiver)]

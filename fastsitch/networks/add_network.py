@@ -302,7 +302,8 @@ def _evaluated(
     )
     require_fit(draft, images)
     evaluated = module if definition.class_outputs is None and end is None else definition.cut(module)
-    evaluated.to(device)
+    # a module may override these, and return nothing
+    nn.Module.to(evaluated, device)
     if isinstance(module, ProbedNetwork):
         assert isinstance(evaluated, Chain)
         probe = fit_probe(module, evaluated, images.train.to(device), draft.transform)
@@ -311,10 +312,10 @@ def _evaluated(
         )
     elif end is not None:
         require_finite_features(evaluated, images.test.to(device), draft.transform, str(new.name))
-        module.cpu()
+        nn.Module.cpu(module)
         return draft
     accuracy, loss = evaluate_network(evaluated, images.test.to(device), draft.transform)
-    module.cpu()
+    nn.Module.cpu(module)
     if published is not None and accuracy < _CHANCE / images.classes:
         log.warning(
             "%s is right on %.1f %% of the test images, near chance: are the classes its outputs (--classes-from)?",

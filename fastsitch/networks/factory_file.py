@@ -2,12 +2,16 @@
 
 import hashlib
 import importlib
+import importlib.util
+import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from fastsitch.identity import stable_hash
 
@@ -25,6 +29,9 @@ class _FactoryFile:
 _FILES: dict[tuple[Path, str], _FactoryFile] = {}
 """By path and sha256."""
 
+_opened: list[set[str]] = []
+"""Of every block that watches: Python files that were opened since it began."""
+
 
 @contextmanager
 def importing_neighbours(path: Path, content: bytes) -> Iterator[ModuleType]:
@@ -37,7 +44,7 @@ def importing_neighbours(path: Path, content: bytes) -> Iterator[ModuleType]:
     if known is not None and any(file_hash(path.parent / name) != found for name, found in known.hashes.items()):
         known = None
     file = known or _FactoryFile(ModuleType(f"fastsitch_file_{stable_hash([str(path), key[1]])[:16]}"))
-    with _folder_first(path.parent, file):
+    with _folder_first(path.parent, file), _recording_opened(path, file):
         if known is None:
             file.module.__file__ = str(path)
             sys.modules[file.module.__name__] = file.module
@@ -51,7 +58,7 @@ def importing_neighbours(path: Path, content: bytes) -> Iterator[ModuleType]:
 
 
 def imported_neighbours(path: Path, digest: str) -> tuple[tuple[str, str], ...]:
-    """Files beside ``path`` that it has imported in this process, by relative path, each with its sha256."""
+    """Python files beside ``path`` that it has run in this process, by relative path, each with its sha256."""
     return tuple(sorted(_FILES[path, digest].hashes.items()))
 
 
@@ -61,6 +68,54 @@ def file_hash(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
         return ""
+
+
+@contextmanager
+def _recording_opened(path: Path, file: _FactoryFile) -> Iterator[None]:
+    """Keep the hashes of Python files below the folder of ``path`` that are read meanwhile, in whichever way.
+
+    Such as by ``spec_from_file_location``, ``runpy``, or ``exec`` of what ``open`` gives; not those that are installed.
+    """
+    _watch()
+    opened: set[str] = set()
+    _opened.append(opened)
+    try:
+        yield
+    finally:
+        _opened[:] = [each for each in _opened if each is not opened]
+        for name in opened:
+            relative = _below(path.parent, Path(name))
+            if relative is not None and name != str(path):
+                file.hashes.setdefault(relative.as_posix(), file_hash(path.parent / relative))
+
+
+def _below(folder: Path, file: Path) -> Path | None:
+    """A file's path relative to the folder; None where it is elsewhere, or installed there."""
+    for location in (file, file.resolve()):
+        if location.is_relative_to(folder) and location.is_file():
+            relative = location.relative_to(folder)
+            return None if {"site-packages", "dist-packages"} & {*relative.parts} else relative
+    return None
+
+
+@cache
+def _watch() -> None:
+    # it can never be removed: where no block watches, it does nothing
+    sys.addaudithook(_note_opened)
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event != "open" or not _opened:
+        return
+    name = arguments[0]
+    if isinstance(name, bytes):
+        name = os.fsdecode(name)
+    if isinstance(name, str) and name.endswith((".py", ".pyc")):
+        with suppress(ValueError):
+            # what is compiled stands for its source
+            name = importlib.util.source_from_cache(name) if name.endswith(".pyc") else name
+        for opened in _opened:
+            opened.add(os.path.abspath(name))
 
 
 @contextmanager

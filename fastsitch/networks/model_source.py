@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from fastsitch.chains.kept_state import require_weights
 from fastsitch.chains.trace import first_line
 from fastsitch.chains.wrappers import unwrapped
 from fastsitch.errors import FastsitchError, NetworkError, argument
@@ -76,7 +77,7 @@ class ModelSource:
         """
         kind, _, name = self.text.partition(":")
         generator = torch.default_generator
-        state, dtype = generator.get_state(), torch.get_default_dtype()
+        state, dtype, device = generator.get_state(), torch.get_default_dtype(), torch.get_default_device()
         seed = int(stable_hash(key)[:15], 16)
         others = np.random.get_state(), random.getstate()
         try:
@@ -96,14 +97,17 @@ class ModelSource:
             np.random.set_state(others[0])
             random.setstate(others[1])
             torch.set_default_dtype(dtype)
+            if torch.get_default_device() != device:
+                torch.set_default_device(None if device.type == "cpu" else device)
         # not isinstance, which believes what an object says of its class
         if not issubclass(type(module), nn.Module):
             raise NetworkError(f"{self.text} returns a {type(module).__name__}: expected an nn.Module")
         module = unwrapped(module)
         with foreign_code(self.text):
-            # the module may override these and return nothing
-            module.float()
-            module.cpu()
+            require_weights([module], self.text)
+            # a module may override these, and do nothing
+            nn.Module.float(module)
+            nn.Module.cpu(module)
             module.eval()
         return module
 

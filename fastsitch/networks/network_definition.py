@@ -10,12 +10,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
-from fastsitch.chains.chain import Chain
+from fastsitch.chains.chain import Chain, cut_chain
 from fastsitch.chains.chain_flops import chain_flops
+from fastsitch.chains.kept_state import not_finite, require_saved
 from fastsitch.chains.layout import Layout
 from fastsitch.chains.logits import returning_logits
+from fastsitch.chains.module_copies import copy_modules
 from fastsitch.chains.node_values import run_model
 from fastsitch.chains.position import Position
 from fastsitch.chains.vet_chain import gradient_faults
@@ -27,6 +28,7 @@ from fastsitch.network_names import NetworkName
 from fastsitch.networks.feature_head import FeatureHead, body_of, ending, find_end
 from fastsitch.networks.find_network import definitions_folder
 from fastsitch.networks.model_source import ModelSource, foreign_code
+from fastsitch.networks.weight_origin import draws_weights
 from fastsitch.root import Root
 from fastsitch.typed_fields import typed
 from fastsitch.vocabulary import HeadChoice
@@ -174,8 +176,9 @@ def define(
     """
     outputs = classes if outputs is None else outputs
     module = source.build(outputs, input_shape)
-    with foreign_code(source.text), torch.no_grad():
-        grey = grey and _takes_grey_alone(module, input_shape)
+    with foreign_code(source.text), _naming(source.text), torch.no_grad():
+        # a first pass may set what stays
+        grey = grey and _takes_grey_alone(copy_modules([module])[0], input_shape)
     if grey:
         log.info("%s takes images of one channel: it sees images in grey", source.text)
         input_shape = (1, *input_shape[1:])
@@ -184,11 +187,9 @@ def define(
         raise ConfigError(
             f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
         )
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        raise NetworkError(f"{source.text} has lazy modules without weights yet: run the network once in the factory")
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
         key, features = find_end(
-            module,
+            copy_modules([module])[0],
             input_shape,
             classes=classes,
             outputs=outputs,
@@ -197,11 +198,22 @@ def define(
             required=classifier,
             what=f"cannot cut a {type(module).__name__}",
         )
-        body = returning_logits(module, key) if features is None else features.body(module, key)
+        body = _body(module, features, key)
         chain = _chain(body, input_shape, positions, layouts, logits=features is None)
-    wrong = [name for name, parameter in module.named_parameters() if not parameter.isfinite().all()]
+    wrong = not_finite(module)
     if wrong:
-        raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong[0]}): expected finite ones")
+        raise NetworkError(f"{source.text} has initial weights that are not finite ({wrong}): expected finite ones")
+    require_saved(module, source.text)
+    other = _body(source.build(outputs, input_shape, 1), features, key)
+    kinds = {position.name: position.kind for position in chain.positions}
+    with foreign_code(source.text), _naming(source.text):
+        drawn = draws_weights(
+            source.text,
+            body,
+            other,
+            chain,
+            lambda: _chain(other, input_shape, list(kinds), kinds, logits=False, vet=False),
+        )
     definition = Definition(
         source=source.with_neighbours(),
         classes=classes,
@@ -211,7 +223,7 @@ def define(
         class_outputs=class_outputs,
         positions=tuple(chain.positions),
         flops=chain_flops(chain),
-        draws_weights=_differ_with_the_seed(source.text, body, _body(source.build(outputs, input_shape, 1), features)),
+        draws_weights=drawn,
         output=key,
         features=features,
     )
@@ -224,14 +236,12 @@ def define(
     return Definition.from_dict(definition.to_dict())
 
 
-def _body(module: nn.Module, features: FeatureHead | None) -> nn.Module:
-    return module if features is None else features.body(module, None)
+def _body(module: nn.Module, features: FeatureHead | None, key: str | None) -> nn.Module:
+    return returning_logits(module, key) if features is None else features.body(module, key)
 
 
 def _takes_grey_alone(module: nn.Module, input_shape: tuple[int, int, int]) -> bool:
     """Whether a module runs on images of one channel, and not on those of this shape."""
-    if any(is_lazy(parameter) for parameter in module.parameters()):
-        return False
     try:
         run_model(module, torch.zeros(2, *input_shape))
     except NetworkError:
@@ -314,41 +324,19 @@ def require_defined(root: Root, dataset: str, names: Iterable[NetworkName]) -> N
             require_definition(definitions_folder(root, dataset, name.architecture), name.architecture)
 
 
-def _differ_with_the_seed(name: str, module: nn.Module, other: nn.Module) -> bool:
-    """Whether most weights of two modules that the same code made with two seeds differ.
-
-    Weights that are all the same, such as those of a normalisation, do not count: they are so in every new network.
-    """
-    same, different, names = 0, 0, []
-    shapes = [[tuple(parameter.shape) for parameter in each.parameters()] for each in (module, other)]
-    if shapes[0] != shapes[1]:
-        raise NetworkError(f"{name} has other weights whenever it is built: expected always the same modules")
-    with torch.no_grad():
-        for (path, one), two in zip(module.named_parameters(), other.parameters(), strict=True):
-            if one.numel() < 2 or (one == one.flatten()[0]).all():
-                continue
-            if torch.equal(one, two):
-                same += one.numel()
-                names.append(path)
-            else:
-                different += one.numel()
-    if same > different:
-        log.warning("%s brings its weights along: it counts as trained, and has no untrained control", name)
-        return False
-    if names:
-        log.warning("%s: %s do not depend on the seed, nor will they in an untrained control", name, ", ".join(names))
-    return True
-
-
 def _chain(
     module: nn.Module,
     input_shape: tuple[int, int, int],
     positions: Sequence[str] | str | None,
     layouts: Mapping[str, Layout] | None,
+    *,
     logits: bool,
+    vet: bool = True,
 ) -> Chain:
     # all values differ, so that nothing cancels where the segments are compared with the whole network
     example = torch.linspace(-1, 1, math.prod(input_shape)).view(1, *input_shape)
+    if not vet:
+        return cut_chain(Chain, module, example, positions, layouts)
     return Chain.from_module(module, example, positions, layouts, logits=logits)
 
 

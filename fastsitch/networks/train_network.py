@@ -188,7 +188,8 @@ def train_network(
         module = draft.build()
         if not any(parameter.requires_grad for parameter in module.parameters()):
             raise NetworkError(f"{name} has nothing to train: expected parameters that require gradients")
-        network = module.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # a module may override these, and return nothing
+        network = nn.Module.to(module, device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         fit_network(network, on_device, draft.transform, name, recipe, device, report)
         accuracy, loss = evaluate_network(network, on_device.test, draft.transform)
         if loss != loss or loss == float("inf"):
@@ -196,7 +197,7 @@ def train_network(
                 f"{name} diverged: its test loss is {loss}; try "
                 f"{argument('recipe', 'published')} or another {argument('width')}"
             )
-        network = network.cpu()
+        network = nn.Module.cpu(network)
         network.eval()
         weights_hash = tensors_hash(network.state_dict())
         record = replace(draft, accuracy=accuracy, loss=loss, weights_hash=weights_hash)

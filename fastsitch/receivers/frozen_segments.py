@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsitch.chains.module_between_cuts import copy_modules
+from fastsitch.chains.module_copies import copy_modules
 from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
 from fastsitch.receivers.contract import FrozenHead, FrozenSegment, Saved
 from fastsitch.receivers.convolution import accumulation_dtype, convolve, folded, input_gradient
@@ -109,9 +109,10 @@ class _AutogradHead:
 def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """A copy of a module in eval mode, all of it in ``dtype``, that needs no gradients."""
     (frozen,) = copy_modules([module])
-    frozen = frozen.to(device, dtype)
+    # a module may override these, and return nothing
+    nn.Module.to(frozen, device, dtype)
     frozen.eval()
-    return frozen.requires_grad_(False)
+    return nn.Module.requires_grad_(frozen, False)
 
 
 def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastsitch.files import output_folder, write_json, write_npz
-from fastsitch.runs.output_source import require_replaceable, source_of
+from fastsitch.runs.output_source import MATRICES, require_replaceable, source_of
 from fastsitch.runs.run import Run
 from fastsitch.runs.run_record import known_accuracy
 from fastsitch.runs.sweep_config import SweepConfig
@@ -37,13 +37,14 @@ def export_run(run: Run, out: str | os.PathLike[str]) -> list[Path]:
         ConfigError: ``out`` is a file, or has files of another run under these names.
         RunError: a file of the run is damaged.
     """
-    folder, source = output_folder(out), source_of("matrices", run)
+    folder, source = output_folder(out), source_of(MATRICES, run)
     units = [
         Unit(sender=sender, receiver=receiver, setting=setting, loss=run.config.loss, seed=0)
         for sender, receiver, setting in run.pairs()
     ]
     for unit in units:
-        require_replaceable(folder / f"{unit.pair}.npz", source)
+        for suffix in ("npz", "json"):
+            require_replaceable(folder / f"{unit.pair}.{suffix}", source)
     paths = []
     for unit in units:
         sender, receiver, setting = unit.sender, unit.receiver, unit.setting

@@ -42,7 +42,14 @@ class Run:
         self.networks = record.networks
         self.data_hash = record.data_hash
         self.versions = record.versions
-        self._files = UnitFiles(path, matches=self.config.matches, inputs=self._inputs, shape=self._shape)
+        self._files = UnitFiles(
+            path,
+            matches=self.config.matches,
+            inputs=self._inputs,
+            shape=self._shape,
+            cells=self.cells,
+            vouched=record.hashed,
+        )
 
     def __repr__(self) -> str:
         pairs = f"{','.join(self.config.senders)} -> {','.join(self.config.receivers)}"

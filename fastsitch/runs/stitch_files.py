@@ -18,14 +18,14 @@ from torch import Tensor
 from fastsitch.checked_files import DamagedFile, require_arrays
 from fastsitch.files import write_atomically, write_npz
 
-_HASH, _BYTES = "stitches_hash", "stitches_bytes"
+HASH, _BYTES = "stitches_hash", "stitches_bytes"
 
 
 def save_stitches(path: Path, tensors: Mapping[str, Tensor], arrays: Mapping[str, NDArray[Any]]) -> None:
     """Write named tensors beside ``path``, then the arrays into it."""
     content = format_safetensors(dict(tensors))
     write_atomically(tensors_file(path), lambda file: file.write(content))
-    tie = {_HASH: np.array(hashlib.sha256(content).hexdigest()), _BYTES: np.array(len(content))}
+    tie = {HASH: np.array(hashlib.sha256(content).hexdigest()), _BYTES: np.array(len(content))}
     write_npz(path, {**tie, **arrays})
 
 
@@ -35,7 +35,7 @@ def require_stitches(path: Path, arrays: Mapping[str, NDArray[Any]]) -> bytes:
     Raises DamagedFile when they are missing or not those that were written with it.
     """
     file = tensors_file(path)
-    kinds = {_BYTES: ("i", ()), _HASH: ("U", ())}
+    kinds = {_BYTES: ("i", ()), HASH: ("U", ())}
     try:
         require_arrays(arrays, {name: kind for name, kind in kinds.items() if name in arrays})
     except DamagedFile as error:
@@ -46,7 +46,7 @@ def require_stitches(path: Path, arrays: Mapping[str, NDArray[Any]]) -> bytes:
         raise DamagedFile(f"{file} is missing") from None
     # files of version 0.1 know either the size or the hash
     whole = _BYTES not in arrays or len(content) == int(arrays[_BYTES])
-    same = _HASH not in arrays or hashlib.sha256(content).hexdigest() == str(arrays[_HASH])
+    same = HASH not in arrays or hashlib.sha256(content).hexdigest() == str(arrays[HASH])
     if not whole or not same:
         raise DamagedFile(f"{file} does not hold the stitches that were written with {path.name}")
     return content

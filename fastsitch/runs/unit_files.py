@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fastsitch.checked_files import DamagedFile, read_npz, require_arrays
 from fastsitch.errors import RunError
-from fastsitch.runs.stitch_files import require_stitches, save_stitches, tensors_file
+from fastsitch.runs.stitch_files import HASH, require_stitches, save_stitches, tensors_file
 from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit
+from fastsitch.vocabulary import Status
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class UnitFiles:
     """``UNIT.safetensors`` and ``UNIT.npz`` in the folder ``units`` of the run at ``path``.
 
     ``matches``: whether the run computes matched stitches, whose error and origin are kept too. ``inputs`` gives a hash
-    of all that a unit depends on, ``shape`` that of its matrices.
+    of all that a unit depends on, ``shape`` that of its matrices, ``cells`` those that the run asks for. ``vouched``:
+    whether units are expected to say what they depend on.
     """
 
     def __init__(
@@ -40,10 +42,14 @@ class UnitFiles:
         matches: bool,
         inputs: Callable[[Unit], str],
         shape: Callable[[Unit], tuple[int, int]],
+        cells: Callable[[Unit], Sequence[Cell]],
+        vouched: bool,
     ) -> None:
         self._path = path
         self._inputs = inputs
         self._shape = shape
+        self._cells = cells
+        self._vouched = vouched
         self._verified: set[tuple[Path, int, int]] = set()
         self.raw: tuple[str, ...] = (*_MATRICES, "matched_error") if matches else _MATRICES
         self._texts = ("unit", "store_hash", *(("receiver_store_hash",) if matches else ()))
@@ -92,10 +98,41 @@ class UnitFiles:
                 raise RunError(
                     f"{path} was made with other options, networks or data than those of the run: {_REPLACE}"
                 )
-            require_arrays(arrays, {name: ("i" if name == "status" else "f", shape) for name in self.raw})
+            require_arrays(arrays, {name: ("i1" if name == "status" else "f8", shape) for name in self.raw})
+            self._require_values(unit, arrays)
         except (DamagedFile, FileNotFoundError) as error:
             raise RunError(f"{path} is damaged ({error}): {_REPLACE}") from None
+        if self._vouched and not {"inputs", HASH} <= arrays.keys():
+            # once for all of them
+            self._vouched = False
+            log.warning(
+                "unit %s of run %s does not record what it depends on, as in version 0.1: what was altered in it is "
+                "not noticed",
+                unit.name,
+                self._path.name,
+            )
         return arrays
+
+    def _require_values(self, unit: Unit, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Raise DamagedFile where matrices hold what no training gives."""
+        status = arrays["status"]
+        asked = np.zeros(status.shape, bool)
+        for cell in self._cells(unit):
+            asked[cell.i, cell.j] = True
+        done, diverged = status == Status.DONE, status == Status.DIVERGED
+        accuracy, loss = arrays["accuracy"], arrays["loss"]
+        wrong = {
+            "status": (done | diverged) != asked,
+            "accuracy": np.where(done, ~((accuracy >= 0) & (accuracy <= 1)), ~np.isnan(accuracy)),
+            "loss": np.where(done, ~(np.isfinite(loss) & (loss >= 0)), ~np.isnan(loss)),
+            "train_loss": done & ~np.isfinite(arrays["train_loss"]),
+        }
+        if "matched_error" in self.raw:
+            wrong["matched_error"] = np.isinf(arrays["matched_error"])
+        for name, cells in wrong.items():
+            if cells.any():
+                i, j = np.argwhere(cells)[0]
+                raise DamagedFile(f"{name} of cell ({i}, {j}) is {arrays[name][i, j]}, with status {status[i, j]}")
 
     def intact(self, unit: Unit) -> bool:
         """Whether a unit is done and both of its files are whole; what is not is logged."""
