@@ -65,6 +65,26 @@ def test_a_new_head_is_new_also_where_the_old_one_fits(tmp_path: Path) -> None:
     assert torch.equal(found["stem.weight"], state(1)["stem.weight"])
 
 
+@pytest.mark.parametrize("choice", ["probe", "none"])
+def test_a_file_may_have_a_head_that_the_network_lacks(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, choice: str
+) -> None:
+    """Weights of a whole classifier for its body alone; any other surplus is refused."""
+    body = small(10, SHAPE)
+    body.head = nn.Identity()
+    save_file(prefixed("model.", state(3)), tmp_path / "c.safetensors")
+    with pytest.raises(NetworkError, match=r"does not fit the network: unexpected: model\.head\.bias, model\.head\.w"):
+        loaded(tmp_path / "c.safetensors", module=body)
+    with caplog.at_level("INFO"):
+        found, provenance = loaded(tmp_path / "c.safetensors", module=body, head=choice)
+    assert_equal(found, {name: tensor for name, tensor in state(3).items() if "head" not in name})
+    assert provenance["head"] == choice
+    assert "the head in the file (head) is left out" in caplog.text
+    save_file({**state(3), "other.weight": torch.ones(3)}, tmp_path / "more.safetensors")
+    with pytest.raises(NetworkError, match=r"unexpected: head\.bias, head\.weight, other\.weight"):
+        loaded(tmp_path / "more.safetensors", module=body, head=choice)
+
+
 def test_more_than_a_head_that_does_not_fit_is_no_matter_of_the_head(tmp_path: Path) -> None:
     weights = {name: tensor for name, tensor in state(1).items() if name not in ("head.weight", "stem.bias")}
     torch.save(weights, tmp_path / "c.pt")

@@ -52,6 +52,9 @@ def load_weights(module: nn.Module, file: WeightsFile, find_head: Callable[[], l
     nests = read_weights(file.path)
     head = find_head() if file.head is not None else []
     wanted = Wanted(module.state_dict(), head)
+    if file.head in ("probe", "none") and not head and (left := _head_in_file(nests, wanted)):
+        log.info("the head in the file (%s) is left out", left)
+        wanted = Wanted(wanted.tensors, [left])
     if file.head == "new" and not (head and wanted.needed):
         raise NetworkError(
             f"{argument('head', 'new')}: the network has no linear layer or convolution, one output per class, that "
@@ -74,6 +77,17 @@ def load_weights(module: nn.Module, file: WeightsFile, find_head: Callable[[], l
     _report(part, file, head)
     provenance = {"weights_key": part.path, "weights_prefix": part.prefix, "head": file.head}
     return {name: text for name, text in provenance.items() if text}
+
+
+def _head_in_file(nests: Sequence[Nest], wanted: Wanted) -> str:
+    """The one module of all weights that do not fit, of which the network has none; empty where there is no such."""
+    for part in (part for nest in nests for part in parts(nest, wanted)):
+        words = {name[len(part.prefix) :].partition(".")[0] for name in part.unexpected}
+        if len(words) == 1 and not (part.missing or part.misshapen or part.other):
+            (word,) = words
+            if not any(name.startswith(f"{word}.") for name in wanted.tensors):
+                return word
+    return ""
 
 
 def _meant(nests: Sequence[Nest], wanted: Wanted, file: WeightsFile) -> list[Part]:
