@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test quick check docs notebook fix paper-small paper-medium families kernels-full gpu clean
+.PHONY: demo test quick check docs notebook fix paper-small paper-medium families photos kernels-full gpu clean
 
 demo: $(READY)
 	$(BIN)/fastsitch demo --out demo
@@ -58,6 +58,22 @@ families: $(READY)
 		$(BIN)/fastsitch plot $$run --figure overview --out families $(ROOT) || exit 1; \
 	done
 
+# networks at 224 pixels, on JPEGs of several sizes: docs/photos.md
+IMAGES := --dataset imagefolder:photos/images@224 --root photos/fastsitch-data
+photos: $(READY)
+	$(BIN)/python bench/make_photos.py photos/images
+	$(BIN)/fastsitch add r18 --from timm:resnet18 $(IMAGES)
+	$(BIN)/fastsitch add vit --from docs/photos/vit.py:small $(IMAGES)
+	$(BIN)/fastsitch train r18 --epochs 6 $(IMAGES)
+	$(BIN)/fastsitch train vit --epochs 15 $(IMAGES)
+	$(BIN)/fastsitch add tower --from docs/photos/vit.py:tower \
+		--weights photos/fastsitch-data/models/*/vit.*.safetensors --head probe $(IMAGES)
+	$(BIN)/fastsitch probe r18 vit --json photos/probes.json $(IMAGES)
+	$(BIN)/fastsitch sweep --senders r18,vit --receivers vit,tower --settings T2T,R2T --recipe small --epochs 1 \
+		--train-images 900 --run photos $(IMAGES)
+	$(BIN)/fastsitch plot photos --figure overview --out photos --root photos/fastsitch-data
+	$(BIN)/fastsitch export photos --out photos/matrices --root photos/fastsitch-data
+
 # every kernel, configuration, dtype, geometry and target; check builds a covering part
 kernels-full: $(READY)
 	$(BIN)/python bench/compile_report.py --full
@@ -73,4 +89,4 @@ $(READY): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist site *.egg-info demo paper-small paper-medium families .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site *.egg-info demo paper-small paper-medium families photos .pytest_cache .mypy_cache .ruff_cache

@@ -21,8 +21,7 @@ from fastsitch.networks.network_definition import require_can_receive, require_d
 from fastsitch.networks.strided_gradients import steady_gradients
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
-from fastsitch.vocabulary import Descent, require_choice, require_whole
-from fastsitch.vocabulary import NetworkRecipe as RecipeName
+from fastsitch.vocabulary import Descent, NetworkRecipe, require_choice, require_whole
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ _STRIDES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkRecipe:
+class NetworkTraining:
     """How a network is trained: SGD with linear warm-up to the peak rate, then a descent to 0."""
 
     name: str
@@ -51,7 +50,7 @@ class NetworkRecipe:
 
 
 NETWORK_RECIPES = {
-    "published": NetworkRecipe(
+    "published": NetworkTraining(
         name="published",
         epochs=40,
         batch_size=256,
@@ -63,7 +62,7 @@ NETWORK_RECIPES = {
         augment=True,
         mixed_precision=False,
     ),
-    "fast": NetworkRecipe(
+    "fast": NetworkTraining(
         name="fast",
         epochs=10,
         batch_size=128,
@@ -79,9 +78,9 @@ NETWORK_RECIPES = {
 """``published`` is the study's recipe (40 epochs, 10 of warm-up); ``fast`` a one-cycle schedule."""
 
 
-def network_recipe(name: RecipeName, epochs: int | None = None) -> NetworkRecipe:
+def network_recipe(name: NetworkRecipe, epochs: int | None = None) -> NetworkTraining:
     """A recipe by name, with another number of epochs if given; raises ConfigError."""
-    require_choice("recipe", name, RecipeName)
+    require_choice("recipe", name, NetworkRecipe)
     recipe = NETWORK_RECIPES[name]
     return recipe if epochs is None else replace(recipe, epochs=require_whole("epochs", epochs))
 
@@ -107,7 +106,7 @@ def train_network(
     name: NetworkName,
     *,
     width: int,
-    recipe: NetworkRecipe,
+    recipe: NetworkTraining,
     device: torch.device,
     resolution: int | None = None,
     normalisation: Normalisation | None = None,
@@ -238,7 +237,7 @@ def fit_network(
     dataset: Dataset,
     transform: Transform,
     name: NetworkName,
-    recipe: NetworkRecipe,
+    recipe: NetworkTraining,
     device: torch.device,
     report: Report = ignore,
 ) -> None:
