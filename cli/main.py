@@ -152,12 +152,19 @@ def _usage(error: typer.TyperException) -> str:
 
 def _unexpected(error: Exception) -> int:
     """A bug or a failing machine: one line, unless the traceback is wanted."""
-    from fastsitch.machine import out_of_memory
-
-    if out_of_memory(error):
+    if _is_out_of_memory(error):
         reason = str(error).strip().split("\n")[0]
         return _fail(f"out of memory: try a smaller --batch-size, --memory or --source streamed ({reason})", 1)
     return _fail(f"failed: {type(error).__name__}: {error} (--debug shows where)", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # what failed may be the import of torch
+    if "torch" not in sys.modules:
+        return isinstance(error, MemoryError)
+    from fastsitch.machine import out_of_memory
+
+    return out_of_memory(error)
 
 
 class _Interrupt(KeyboardInterrupt):

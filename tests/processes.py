@@ -111,6 +111,8 @@ def _run(
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    # what was imported before may have asked for it
+    tempfile.tempdir = None
     os.chdir(cwd)
     sys.argv = ["fastsitch", *arguments]
     if prepare is not None:
