@@ -18,7 +18,7 @@ __version__ = "0.2.0.dev0"
 # torch's threads spin while they wait for each other. Beside another busy program they would spin while the thread that
 # they wait for is not even running: after so many turns they sleep. It is read when torch is loaded.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 if TYPE_CHECKING:
     from fastsitch.analysis.compare_published import compare_run

@@ -105,7 +105,7 @@ def test_completion_can_be_installed() -> None:
 @pytest.mark.parametrize(
     ("variables", "first", "turns"),
     [
-        ({}, "", "10000"),
+        ({}, "", "2000"),
         ({"GOMP_SPINCOUNT": "7"}, "", "7"),
         ({"OMP_WAIT_POLICY": "active"}, "", "None"),
         ({}, "import torch; ", "None"),
