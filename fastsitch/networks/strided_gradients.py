@@ -21,9 +21,18 @@ def steady_gradients(network: nn.Module, device: torch.device) -> Iterator[None]
     instead of 2.6 (2 cores, bf16, 16 to 32 channels, 32x32, batch 128). One thread takes 2.8, busy or not. With many
     threads, which one would not keep up with, with devices other than CPUs and with grouped convolutions all is as
     torch does it.
+
+    Those of 1x1 convolutions are one product, with any number of threads: oneDNN 3.12 (torch 2.14) writes beyond its
+    memory there, with fewer than 8 channels of fp32 on processors without AVX-512, and the process dies.
     """
-    found = network.modules() if wants_steadiness(device) else ()
-    changed = [module for module in found if isinstance(module, nn.Conv2d) and _is_plain_and_strided(module)]
+    steady = wants_steadiness(device)
+    changed = [
+        module
+        for module in (network.modules() if device.type == "cpu" else ())
+        if isinstance(module, nn.Conv2d)
+        and _is_plain_and_strided(module)
+        and (steady or (_is_pointwise(module.weight) and not any(module.padding)))
+    ]
     for module in changed:
         module.forward = partial(_forward, module)  # type: ignore[method-assign]
     try:
@@ -56,6 +65,10 @@ def _is_plain_and_strided(module: nn.Conv2d) -> bool:
     )
 
 
+def _is_pointwise(weight: Tensor) -> bool:
+    return weight.shape[2:].numel() == 1
+
+
 def _forward(module: nn.Conv2d, x: Tensor) -> Tensor:
     weight, bias = module.weight, module.bias
     if torch.is_autocast_enabled("cpu"):
@@ -80,7 +93,11 @@ class _Convolution(torch.autograd.Function):
         needs_x, needs_weight, *_ = ctx.needs_input_grad
         x_gradient = _gradients(g, x, weight, ctx.geometry, [True, False, False])[0] if needs_x else None
         weight_gradient = None
-        if needs_weight:
+        stride, padding, _ = ctx.geometry
+        if needs_weight and _is_pointwise(weight) and not any(padding):
+            rows = x[:, :, :: stride[0], :: stride[1]].permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+            weight_gradient = (g.permute(0, 2, 3, 1).reshape(-1, g.shape[1]).t() @ rows).view(weight.shape)
+        elif needs_weight:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
             try:
