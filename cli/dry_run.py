@@ -18,7 +18,7 @@ def show_estimate(estimate: SweepEstimate) -> None:
     guess = " (assumed: the files are not there)" if data.assumed else ""
     typer.echo(
         f"{counted(len(estimate.units), 'unit')}, {counted(estimate.cells, 'cell')}, {data.train} + {data.test} images "
-        f"{data.height}x{data.width}{guess}"
+        f"{f'{data.height}x{data.width}' if data.height else 'of several sizes'}{guess}"
     )
     recipe = estimate.config.recipe
     epochs = counted(recipe.epochs, "epoch")

@@ -235,8 +235,7 @@ def precompute(
         dataset: None: the one data set in the root that has the networks; ``@train=N@test=N`` alone: a subset of it.
         dtype: ``bf16``, ``fp16`` or ``fp32``.
         compress: ``none`` or ``zstd``.
-        positions: names or patterns such as ``layer*.0``; None: all. A store that lacks some is made again with those
-            that it had and them.
+        positions: names or patterns such as ``layer*.0``; None: all. A store that is made again keeps those it had.
         force: replace stores that are stale or damaged.
         root: folder of networks, stores and runs; None: FASTSITCH_ROOT, then ``./fastsitch-data``.
         data_dir: folder with the files of data sets; None: ``data`` in the root.
@@ -258,7 +257,9 @@ def precompute(
     patterns = position_patterns(positions)
     data = chosen_dataset(folders, dataset, [str(name) for name in names])
     _require_trained(folders, data, names)
-    make = partial(StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force, positions=patterns)
+    make = partial(
+        StoreMaker, dataset=data, dtype=dtype, compress=compress, force=force, positions=patterns, alone=len(names) == 1
+    )
     stores = []
     for name, (store, made) in _each(ray, folders, make, names, device, "the store of {}", report):
         log.info("the store of %s is %s: %s", name, "made" if made else "up to date", store.path)

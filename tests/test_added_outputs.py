@@ -64,7 +64,11 @@ def definition(tmp_path: Path, name: str) -> dict[str, object]:
 
 def test_logits_are_chosen_recorded_and_used(nets: Path, small_npz: Path, run_cli: Command, tmp_path: Path) -> None:
     source, data = f"{nets}:several", f"npz:{small_npz}"
-    wrong = run_cli("add", "net", "--from", source, "--dataset", data)
+    found = run_cli("add", "found", "--from", source, "--dataset", data)
+    assert found.returncode == 0, found.stderr
+    # the first with one output per class
+    assert definition(tmp_path, "found")["output"] == "scores"
+    wrong = run_cli("add", "net", "--from", source, "--dataset", data, "--output", "features")
     assert wrong.returncode == 2
     assert "gives (6,) outputs per image: expected 10" in wrong.stderr
     unknown = run_cli("add", "net", "--from", source, "--dataset", data, "--output", "logits")

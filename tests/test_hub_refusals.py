@@ -55,6 +55,12 @@ def test_what_is_damaged_is_refused_by_name(fashion: Dataset, tmp_path: Path, ru
     other = changed("columns", rows[7:])
     write(other / "data" / "train-00001-of-00002.parquet", table(rows[7:]).rename_column("image", "picture"))
     refused(other, r"hf:.*columns cannot be read: ")
+    swapped = table(rows[7:])
+    classes = swapped.features["label"].names
+    swapped = swapped.cast_column("label", datasets.ClassLabel(names=classes[::-1]))
+    other = parquets(tmp_path / "order", folder)
+    write(other / "data" / "train-00001-of-00002.parquet", swapped)
+    refused(other, "order: column label has the classes .* in train-0000.* expected one order of classes in all files")
     (tmp_path / "nothing").mkdir()
     refused(tmp_path / "nothing", r"hf:.*nothing cannot be read: ")
     refused(tmp_path / "none", r"none does not exist: expected a folder with parquet files such as train-\*.parquet")

@@ -211,9 +211,11 @@ def test_labels_that_name_no_class(
     assert "\n" not in str(caught.value)
 
 
-def test_masks_saved_as_whole_numbers_are_refused(arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
-    masks = {name: (array > 99).astype(np.int64) if "x" in name else array for name, array in arrays.items()}
-    with pytest.raises(DataError, match="holds int64 numbers that are all 0 or 1: expected 0 to 255; multiply by 255"):
+@pytest.mark.parametrize("kind", [np.int64, np.uint8])
+def test_masks_saved_as_whole_numbers_are_refused(kind: type, arrays: dict[str, np.ndarray], tmp_path: Path) -> None:
+    masks = {name: (array > 99).astype(kind) if "x" in name else array for name, array in arrays.items()}
+    expected = f"holds {np.dtype(kind)} numbers that are all 0 or 1: expected 0 to 255; multiply by 255"
+    with pytest.raises(DataError, match=expected):
         load(tmp_path, masks)
 
 

@@ -59,7 +59,7 @@ def test_the_command_stores_some_positions(trained: tuple[Path, str], run_cli: C
     assert ended.stdout.startswith("R1111: 5 positions, ")
     ended = run_cli("precompute", "R1111", "--positions", "layer9.0", "--root", root)
     assert ended.returncode == 2
-    assert "--positions layer9.0: R1111 has none of these; it has stem, layer1.0" in ended.stderr
+    assert "--positions layer9.0: R1111 has no position layer9.0; it has stem, layer1.0" in ended.stderr
 
 
 def some_values(store: ActivationStore, index: int) -> Any:
@@ -109,6 +109,8 @@ def test_what_is_no_position_is_refused(trained: tuple[Path, str]) -> None:
     root, _ = trained
     with pytest.raises(ConfigError, match="expected names or patterns such as"):
         fastsitch.precompute("R1111", positions=[], root=root)
-    with pytest.raises(ConfigError, match="R1111 has none of these"):
+    with pytest.raises(ConfigError, match=r"R1111 has no position block\*; it has"):
         fastsitch.precompute("R1111", positions="block*", root=root)
+    with pytest.raises(ConfigError, match="R1111 has no position nope; it has"):
+        fastsitch.precompute("R1111", positions="stem,nope", root=root)
     assert not (root / "stores").exists() or not list((root / "stores").rglob("manifest.json"))

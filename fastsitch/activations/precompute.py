@@ -18,7 +18,7 @@ from fastsitch.activations.store_writer import StoreWriter, writing
 from fastsitch.chains.layout import stored_size
 from fastsitch.chains.position import Position, chosen_positions
 from fastsitch.data import Dataset, ImageFiles, load_dataset
-from fastsitch.errors import ConfigError, StoreError, argument
+from fastsitch.errors import ConfigError, StoreError, argument, plain
 from fastsitch.files import exclusive
 from fastsitch.folders import FolderLike, as_folder
 from fastsitch.machine import DTYPES, configure, native_bf16, resolve_device
@@ -122,7 +122,8 @@ def storing_network(network: Network, identity: StoreIdentity, device: torch.dev
 class StoreMaker:
     """Makes the stores of networks of one data set, as :func:`ensure_store` does, on the device of this machine.
 
-    ``positions`` are names or patterns, of which every network has one; none: all positions.
+    ``positions`` are names or patterns, of which every network has one, and all where one network is ``alone``; none:
+    all positions.
     """
 
     def __init__(
@@ -136,9 +137,11 @@ class StoreMaker:
         force: bool = False,
         content_only: bool = False,
         positions: Sequence[str] = (),
+        alone: bool = False,
     ) -> None:
         self._root = root
         self._positions = positions
+        self._alone = alone
         self._device = resolve_device(device)
         configure(self._device)
         self._dataset = load_dataset(dataset, root.data_dir)
@@ -155,9 +158,11 @@ class StoreMaker:
         network = load_network(models_folder(self._root, self._dataset.name, name), name)
         known = [position.name for position in network.chain.positions]
         chosen = chosen_positions(known, self._positions)
-        if not chosen:
+        unknown = [pattern for pattern in self._positions if not chosen_positions(known, [pattern])]
+        if not chosen or (unknown and self._alone):
             raise ConfigError(
-                f"{argument('positions', self._positions)}: {name} has none of these; it has {', '.join(known)}"
+                f"{argument('positions', self._positions)}: {name} has no position {' or '.join(map(plain, unknown))}; "
+                f"it has {', '.join(known)}"
             )
         return ensure_store(
             path,

@@ -14,11 +14,12 @@ NAMES = ("logits", "out")
 """Where logits are looked for first in an output of several parts."""
 
 
-def logits_key(outputs: Any, what: str, output: str | int | None = None) -> str | None:
+def logits_key(outputs: Any, what: str, output: str | int | None = None, classes: int | None = None) -> str | None:
     """The name, or the index, of the logits in what a network returns: the one that is asked for, if any.
 
     None where it returns one tensor. By itself the rule is: ``logits``, then ``out``, then the first tensor (B,
-    classes). Raises NetworkError, which begins with ``what`` and lists what there is.
+    classes), and where the number of classes is not known or nothing has it, the first tensor of two dimensions.
+    Raises NetworkError, which begins with ``what`` and lists what there is.
     """
     parts = _parts(outputs)
     if output is not None:
@@ -29,7 +30,8 @@ def logits_key(outputs: Any, what: str, output: str | int | None = None) -> str 
         return str(output)
     if isinstance(outputs, Tensor) and outputs.dim() == 2:
         return None
-    first = [name for name, part in parts.items() if isinstance(part, Tensor) and part.dim() == 2]
+    flat = {name: part for name, part in parts.items() if isinstance(part, Tensor) and part.dim() == 2}
+    first = sorted(flat, key=lambda name: flat[name].shape[1] != classes)
     found = [name for name in NAMES if isinstance(parts.get(name), Tensor)] + first
     if not found:
         raise NetworkError(f"{what}: expected logits (B, classes), found {_listed(outputs)}")

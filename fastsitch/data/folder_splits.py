@@ -146,7 +146,7 @@ def _without(path: Path, train: str | None, test: str | None) -> str:
     start = f"{path} has no folder {missing}/"
     expected = "expected train/ (or training/) and test/ (or val/, valid/, validation/), one folder per class in each"
     if not path.is_dir():
-        return f"{start}: {expected}"
+        return f"{path} {'is no folder' if path.exists() else 'does not exist'}: {expected}"
     inside = [name for name in _class_names(path) if any((path / name / split).is_dir() for split in TRAINING)]
     if train is None and test is None and len(inside) == 1:
         return f"{start}: {expected}; {path / inside[0]} has one: name that folder"

@@ -4,12 +4,13 @@ Nothing of a data set's repository is executed: the library refuses scripts, and
 code are used.
 """
 
+import json
 import logging
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +209,8 @@ def _require_readable(name: DatasetName, builder: Any) -> None:
         raise DataError(f"{name.source} is made of {plain(kind)} files: expected parquet or arrow files, or images")
     files = [file for split in (builder.config.data_files or {}).values() for file in split]
     _require_all_shards(files)
+    if kind == "parquet" and builder.repo_id is None:
+        _require_one_order(name, [file for file in map(Path, files) if file.suffix == ".parquet"])
     if Path(builder.cache_dir, datasets.config.DATASET_INFO_FILENAME).is_file():
         return
     if builder.repo_id is None:
@@ -228,6 +231,35 @@ def _require_all_shards(files: list[str]) -> None:
     for (start, count, _), there in found.items():
         if there < int(count):
             raise DataError(f"{start}-*-of-{count}.parquet: found {there} of {int(count)} files; download it again")
+
+
+def _require_one_order(name: DatasetName, files: Sequence[Path]) -> None:
+    """Raise DataError where files number the same classes otherwise: the library reads all as it does the first."""
+    first: dict[str, tuple[Path, list[str]]] = {}
+    for file in files:
+        for column, classes in _stated_classes(file).items():
+            other, names = first.setdefault(column, (file, classes))
+            if names != classes:
+                raise DataError(
+                    f"{name.source}: column {plain(column)} has the classes {_classes(names)} in {other.name}, "
+                    f"{_classes(classes)} in {file.name}: expected one order of classes in all files"
+                )
+
+
+def _stated_classes(file: Path) -> dict[str, list[str]]:
+    """The classes of each column that is a ClassLabel, as the library wrote them into a parquet file."""
+    from pyarrow import parquet
+
+    # a file that cannot be read is refused by its name where it is converted
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+        stated = json.loads((parquet.read_schema(file).metadata or {})[b"huggingface"])
+        features = stated["info"]["features"].items()
+        return {column: list(each["names"]) for column, each in features if each.get("_type") == "ClassLabel"}
+    return {}
+
+
+def _classes(names: Sequence[str]) -> str:
+    return plain(", ".join(names[:6]) + (", ..." if len(names) > 6 else ""))
 
 
 def _require_file(name: DatasetName, file: Path, folder: Path) -> None:

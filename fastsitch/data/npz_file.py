@@ -141,8 +141,11 @@ def _channels_last(images: NDArray[Any], what: str) -> NDArray[Any]:
 def _pixels(images: dict[str, NDArray[Any]], said: dict[str, str]) -> dict[str, NDArray[Any]]:
     """uint8 as it is; numbers from 0 to 255, and floats from 0 to 1 of all splits, as uint8; raises DataError."""
     odd = any(array.ndim not in (3, 4) or array.dtype.kind not in "iuf" for array in images.values())
-    if odd or all(array.dtype == np.uint8 for array in images.values()):
-        # what can be no images is refused together with its shape
+    # what can be no images is refused together with its shape
+    if odd or (
+        all(array.dtype == np.uint8 for array in images.values())
+        and any(not array.size or block.max() > 1 for array in images.values() for block in _blocks(array))
+    ):
         return images
     kinds = {array.dtype.kind == "f" for array in images.values()}
     if len(kinds) > 1:

@@ -146,7 +146,7 @@ def find_end(
         leave_out(module, left_out)
         given = run_model(module, torch.zeros(2, *input_shape))
     alone = isinstance(given, Tensor) and given.dim() in _POOLED
-    key = None if alone and output is None else logits_key(given, what, output)
+    key = None if alone and output is None else logits_key(given, what, output, classes)
     found = output_part(given, key)
     if not (isinstance(found, Tensor) and found.dim() in _POOLED and found.is_floating_point()):
         raise NetworkError(f"{what}: expected logits (B, classes), or features (B, D), (B, N, D) or (B, D, H, W)")
