@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from fastsitch.errors import DataError, argument
 log = logging.getLogger(__name__)
 
 TRAINING = ("train", "training")
-TESTING = ("test", "val", "valid", "validation")
-"""Names of split folders; the first that there is counts."""
+TESTING = ("test", "testing", "val", "valid", "validation")
+"""Names of splits; the first that there is counts. Folders may have them in any case."""
+
+_NEARLY = re.compile(rf"(?:.*[^a-z])?(?:{'|'.join((*TRAINING, *TESTING))})(?:set|data|images)?(?:[^a-z].*)?")
+"""Such as ``seg_train``, ``Test Images`` and ``val2017``, in lower case."""
 
 _SEED = 0
 
@@ -93,37 +97,96 @@ class FolderSplit:
 
 def find_splits(path: Path, holdout: str | None) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
     """Training and test images of a folder, and its classes, from names alone; raises DataError."""
-    named = [name for name in (*TRAINING, *TESTING) if (path / name).is_dir()]
+    named = _split_folders(path)
     if holdout is None:
         return _from_folders(path, named)
     if not path.is_dir():
         raise DataError(f"{path} is no folder: expected one folder per class in it")
-    if named:
+    classes = _class_names(path)
+    if named and not _is_class(path, named, classes):
         raise DataError(
-            f"{path} has the folder {named[0]}/, by which its images are split: leave out "
+            f"{path} has the folder {next(iter(named.values()))}/, by which its images are split: leave out "
             f"{argument('holdout', float(holdout))}, or name the folder in it that has the class folders"
         )
-    classes = _class_names(path)
     for name in classes:
-        nested = [split for split in (*TRAINING, *TESTING) if (path / name / split).is_dir()]
+        nested = [*_split_folders(path / name).values()]
         if nested:
             raise DataError(
                 f"{path / name} has a folder {nested[0]}/, which is no class: expected class folders in {path}, or "
                 f"split folders with class folders in them; name {path / name} if it is the data set"
             )
+    for name in _near_splits(path):
+        raise DataError(
+            f"{path / name} looks like a split, not a class: it has folders, such as "
+            f"{_class_names(path / name)[0]}/, and no images of its own; call such folders train/ and test/ and leave "
+            f"out {argument('holdout', float(holdout))}, or name {path / name}"
+        )
     _require_only_classes(path)
+    _say_common_folders(path, classes)
     train, test = _files(path, classes).held_out(holdout, classes)
     return train, test, classes
 
 
-def _from_folders(path: Path, named: list[str]) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
-    train = next((name for name in named if name in TRAINING), None)
-    test = next((name for name in named if name in TESTING and _class_names(path / name)), None)
+def _split_folders(path: Path) -> dict[str, str]:
+    """The folders in it that have the name of a split in any case, by that name, in the order in which they count."""
+    if not path.is_dir():
+        return {}
+    found: dict[str, str] = {}
+    for name in _class_names(path):
+        split = name.lower()
+        if split in found and split in (*TRAINING, *TESTING):
+            raise DataError(f"{path} has the folders {found[split]}/ and {name}/: expected one {split}/; rename one")
+        found[split] = name
+    return {split: found[split] for split in (*TRAINING, *TESTING) if split in found}
+
+
+def _is_class(path: Path, named: dict[str, str], classes: tuple[str, ...]) -> bool:
+    """Whether the only folder with the name of a split is a class beside others, such as trains beside buses."""
+    return len(named) == 1 < len(classes) and all(
+        _has_images(path / name) and not _class_names(path / name) for name in classes
+    )
+
+
+def _near_splits(path: Path) -> list[str]:
+    """The folders in it that have nearly the name of a split, and folders but no images in them."""
+    return [
+        name
+        for name in _class_names(path)
+        if name.lower() not in (*TRAINING, *TESTING)
+        and _NEARLY.fullmatch(name.lower())
+        and _class_names(path / name)
+        and not _has_images(path / name)
+    ]
+
+
+def _say_common_folders(path: Path, classes: tuple[str, ...]) -> None:
+    """Warn where the folders taken for classes may be splits, since all of them have the same folders alone."""
+    first = _class_names(path / classes[0]) if len(classes) > 1 else ()
+    if len(first) > 1 and all(_class_names(path / name) == first and not _has_images(path / name) for name in classes):
+        log.warning(
+            "%s: %s/ and %s/ are taken for classes, but have the same folders in them, such as %s/ and %s/: if these "
+            "are the classes, call the former train/ and test/",
+            path,
+            *classes[:2],
+            *first[:2],
+        )
+
+
+def _has_images(folder: Path) -> bool:
+    return any(
+        path.suffix.lower() in SUFFIXES + _OTHER_SUFFIXES and not path.name.startswith(".") and path.is_file()
+        for path in folder.iterdir()
+    )
+
+
+def _from_folders(path: Path, named: dict[str, str]) -> tuple[FolderSplit, FolderSplit, tuple[str, ...]]:
+    train = next((named[split] for split in TRAINING if split in named), None)
+    tests = [named[split] for split in TESTING if split in named]
     # one without class folders, whose images have no labels, only where there is no other
-    test = test or next((name for name in named if name in TESTING), None)
+    test = next((name for name in tests if _class_names(path / name)), (*tests, None)[0])
     if train is None or test is None:
         raise DataError(_without(path, train, test))
-    unused = [f"{name}/" for name in named if name not in (train, test)]
+    unused = [f"{name}/" for name in named.values() if name not in (train, test)]
     if unused or (train, test) != ("train", "test"):
         others_said = f", and {' and '.join(unused)} left alone" if unused else ""
         log.info("%s: %s/ is taken for training, %s/ for the test%s", path, train, test, others_said)
@@ -144,14 +207,21 @@ def _without(path: Path, train: str | None, test: str | None) -> str:
     """What is wrong with a folder that lacks split folders, and what to do."""
     missing = "train" if train is None else "test"
     start = f"{path} has no folder {missing}/"
-    expected = "expected train/ (or training/) and test/ (or val/, valid/, validation/), one folder per class in each"
+    expected = f"expected train/ (or training/) and test/ (or {'/, '.join(TESTING[1:])}/), one folder per class in each"
     if not path.is_dir():
         return f"{path} {'is no folder' if path.exists() else 'does not exist'}: {expected}"
-    inside = [name for name in _class_names(path) if any((path / name / split).is_dir() for split in TRAINING)]
+    near = _near_splits(path)
+    inside = [name for name in _class_names(path) if not {*TRAINING}.isdisjoint(_split_folders(path / name))]
     if train is None and test is None and len(inside) == 1:
         return f"{start}: {expected}; {path / inside[0]} has one: name that folder"
-    if train is not None:
+    if near:
+        them = " and ".join(f"{name}/" for name in near[:2])
+        look = "looks like a split" if len(near) == 1 else "look like splits"
+        hint = f"{them} {look}: rename what is meant to train/ and test/"
+    elif train is not None:
         hint = f"to split its images, name {path / train} with {argument('holdout', 0.2)}"
+    elif test is not None:
+        hint = f"if {test}/ has all images, name {path / test} with {argument('holdout', 0.2)}"
     else:
         hint = f"for class folders alone use {argument('holdout', 0.2)}"
     return f"{start}: {expected}; {hint}"

@@ -167,7 +167,7 @@ def _chosen_splits(name: DatasetName, values: Mapping[str, NDArray[Any]]) -> tup
         hint = f"; to split its images, add {argument('holdout', 0.2)}" if len(values) == 1 else ""
         raise DataError(
             f"{name.source} has the split{'s' if len(values) > 1 else ''} {there}: expected train (or training) and "
-            f"test (or val, valid, validation){hint}"
+            f"test (or {', '.join(TESTING[1:])}){hint}"
         )
     unused = [split for split in values if split not in (train, test)]
     if unused or (train, test) != ("train", "test"):

@@ -19,7 +19,7 @@ from fastsitch.identity import tensors_hash
 from fastsitch.machine import versions
 from fastsitch.network_names import NetworkName
 from fastsitch.networks.checkpoint import NetworkRecord, read_record, require_fit, save_network
-from fastsitch.networks.class_names import fits_some, matched_outputs, read_class_outputs
+from fastsitch.networks.class_names import examples, fits_some, matched_outputs, read_class_outputs
 from fastsitch.networks.feature_head import ProbedNetwork, body_of
 from fastsitch.networks.fit_probe import fit_probe, require_finite_features
 from fastsitch.networks.foreign_weights import WeightsFile, load_weights
@@ -232,19 +232,20 @@ def _define_pretrained(new: NewNetwork, published: PretrainedNetwork, images: Da
 def _class_outputs(new: NewNetwork, published: PretrainedNetwork, images: Dataset) -> tuple[int, ...] | None:
     """The outputs of a pretrained network for the classes of a data set; None where they are its first ones."""
     given = {} if new.classes_from is None else read_class_outputs(new.classes_from)
-    names, labels = images.class_names, published.labels
+    names, known = images.class_names, published.labels
     if given and names is None:
         names = tuple(map(str, range(images.classes)))
-    if names is not None and (given or (labels is not None and fits_some(names, labels))):
-        outputs = matched_outputs(
-            names, labels or tuple((str(k),) for k in range(published.classes)), given, new.source.text
-        )
+    if names is not None and (given or (known is not None and fits_some(names, known.names))):
+        labels = tuple((str(k),) for k in range(published.classes)) if known is None else known.names
+        outputs = matched_outputs(names, labels, given, new.source.text)
         return None if outputs == tuple(range(published.classes)) else outputs
-    if images.classes != published.classes:
+    stated = None if known is None or known.guessed or names is None else known.names
+    if images.classes != published.classes or stated is not None:
+        such_as = "" if stated is None else f", such as {examples(stated)},"
         raise NetworkError(
-            f"{new.source.text} has {published.classes} outputs and {images.name} {images.classes} classes, whose "
-            f"names are not those of its outputs: say which is which in a file for {argument('classes_from')}, a line "
-            f"each such as 'class,output', or take a linear probe: {argument('head', 'probe')}"
+            f"{new.source.text} has {published.classes} outputs{such_as} and {images.name} {images.classes} classes, "
+            f"whose names are not those of its outputs: say which is which in a file for {argument('classes_from')}, "
+            f"a line each such as 'class,output', or take a linear probe: {argument('head', 'probe')}"
         )
     return None
 

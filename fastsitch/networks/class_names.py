@@ -18,8 +18,8 @@ def matched_outputs(
     """The output for each class of a data set.
 
     ``labels`` are the names of every output, such as a synset id and words; ``given`` says for some classes which
-    output is meant, by its index or one of its names. Raises NetworkError for classes that no output, or several, stand
-    for, and for two classes of one output.
+    output is meant, by its index or one of its names. An output without names stands for no class but by its index.
+    Raises NetworkError for classes that no output, or several, stand for, and for two classes of one output.
     """
     named = _outputs_by_name(labels)
     unknown = [name for name in given if name not in classes]
@@ -30,13 +30,21 @@ def matched_outputs(
     found: list[int] = []
     missing: list[str] = []
     several: list[str] = []
+    indices = {str(k): k for k in range(len(labels))}
+    named_so = "" if named.keys() <= indices.keys() else f", or a name such as {examples(labels)}"
     in_order = _all_in_order(classes, named, len(labels))
     for index, name in enumerate(classes):
         wanted = given.get(name, name)
-        if name in given and wanted.isdecimal() and int(wanted) < len(labels):
-            found.append(int(wanted))
+        by_index = indices.get(wanted.lstrip("0") or "0")
+        if name in given and by_index is not None:
+            found.append(by_index)
             continue
         outputs = _outputs(wanted, named)
+        if name in given and not outputs:
+            raise NetworkError(
+                f"{argument('classes_from')} says that {name} is the output {wanted[:60]}, which {network} does not "
+                f"have: expected an index from 0 to {len(labels) - 1}{named_so}"
+            )
         if len(outputs) == 1:
             found += outputs
         elif in_order and name not in given:
@@ -47,7 +55,7 @@ def matched_outputs(
     if missing:
         raise NetworkError(
             f"{network} has no output named {_listed(missing)}: expected folders named by its outputs, such as "
-            f"{labels[0][0]} or {labels[-1][-1]}; {remedy}"
+            f"{examples(labels)}; {remedy}"
         )
     if several:
         raise NetworkError(f"{network} has several outputs named {_listed(several)}: {remedy}")
@@ -61,6 +69,12 @@ def fits_some(classes: Sequence[str], labels: Sequence[Sequence[str]]) -> bool:
     """Whether any class has the name of an output: then all of them should."""
     named = _outputs_by_name(labels)
     return any(_outputs(name, named) for name in classes)
+
+
+def examples(labels: Sequence[Sequence[str]]) -> str:
+    """Names of the first and of the last output that have any, for messages."""
+    named = [names for names in labels if names]
+    return " or ".join(dict.fromkeys((named[0][0], named[-1][-1])))
 
 
 def _outputs_by_name(labels: Sequence[Sequence[str]]) -> dict[str, set[int]]:
@@ -93,7 +107,8 @@ def read_class_outputs(path: Path) -> dict[str, str]:
     try:
         if path.exists() and not path.is_file():
             raise NetworkError(f"{argument('classes_from', path)} is no regular file: expected lines of class,output")
-        with path.open(encoding="utf-8") as file:
+        # spreadsheets put a byte order mark first
+        with path.open(encoding="utf-8-sig") as file:
             lines = file.read(_MOST_BYTES).splitlines()
     except OSError as error:
         raise NetworkError(f"cannot read {argument('classes_from', path)} ({error.strerror})") from None

@@ -5,7 +5,6 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,11 @@ from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.errors import NetworkError, argument
 from fastsitch.files import expanded
 from fastsitch.networks.model_source import ModelSource, Size, foreign_code, require_known, require_timm
+from fastsitch.networks.output_names import DATA_SET_KEYS, OutputNames, timm_names, with_synsets
 from fastsitch.networks.published_files import HubFile, PublishedFile, UrlFile
 from fastsitch.networks.transformers_network import classifier_files, load_classifier, processor_preprocessing
 
 log = logging.getLogger(__name__)
-
-Labels = tuple[tuple[str, ...], ...]
-"""The names of every output: a synset id, words."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +37,7 @@ class PretrainedNetwork:
     preprocessing: Preprocessing
     provenance: dict[str, str]
     """Name, file, revision, sha256 and licence of the weights, as far as they are stated."""
-    labels: Labels | None = None
+    labels: OutputNames | None = None
     """What each output stands for, where that is known."""
 
 
@@ -105,7 +102,7 @@ def _timm(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
             file,
             module.pretrained_cfg.get("license"),
         ),
-        labels=_imagenet_labels(module),
+        labels=timm_names(module, config, f"timm:{name}", listed=not where),
     )
 
 
@@ -156,7 +153,8 @@ def _configuration(path: Path) -> tuple[dict[str, Any], str, dict[str, Any]]:
             for key, value in dict(content.get("model_args") or {}).items()
             if key not in ("in_chans", "num_classes")
         }
-        return dict(config), str(content["architecture"]), arguments
+        trained_on = {key: content[key] for key in DATA_SET_KEYS if key in content}
+        return {**trained_on, **config}, str(content["architecture"]), arguments
     except OSError:
         raise NetworkError(f"{path} is missing: expected a configuration that timm saved beside the weights") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -190,33 +188,6 @@ def timm_preprocessing(data: Mapping[str, Any], height: int, width: int) -> Prep
     )
 
 
-def _imagenet_labels(module: nn.Module) -> Labels | None:
-    from timm.data.imagenet_info import infer_imagenet_subset
-
-    subset = infer_imagenet_subset(module)
-    return None if subset is None else _synsets(subset)
-
-
-def _synsets(subset: str) -> Labels:
-    """Synset id and words of every class of a part of ImageNet, in the order of its networks' outputs."""
-    from timm.data.imagenet_info import ImageNetInfo
-
-    info = ImageNetInfo(subset)
-    return tuple(
-        (name, *(word.strip() for word in info.label_name_to_description(name).split(",")))
-        for name in info.label_names()  # type: ignore[no-untyped-call]
-    )
-
-
-def _with_synsets(words: Sequence[tuple[str, ...]]) -> Labels:
-    """Other libraries know words alone; timm, where it is installed, the ids beside them."""
-    with suppress(ImportError):
-        synsets = _synsets("imagenet-1k")
-        if len(synsets) == len(words) and words[0][0] in synsets[0] and words[-1][0] in synsets[-1]:
-            return tuple((*one, *other) for one, other in zip(words, synsets, strict=True))
-    return tuple(words)
-
-
 def _torchvision(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
     from torchvision import models
 
@@ -246,7 +217,7 @@ def _torchvision(name: str, resolution: tuple[int, int] | None) -> PretrainedNet
         normalisation=normalisation,
         preprocessing=preprocessing,
         provenance=_provenance(f"torchvision:{base}@{weights.name}", [file.path], file, None),
-        labels=_with_synsets([(word,) for word in categories]),
+        labels=OutputNames(with_synsets([(word,) for word in categories])),
     )
 
 
@@ -281,7 +252,7 @@ def _transformers(name: str, resolution: tuple[int, int] | None) -> PretrainedNe
         normalisation=normalisation,
         preprocessing=preprocessing,
         provenance=_provenance(f"hf:{name}", files.weights, files.published, files.licence),
-        labels=None if words is None else _with_synsets(words),
+        labels=OutputNames(with_synsets(words)) if words else None,
     )
 
 
