@@ -155,7 +155,8 @@ def assert_same_logits(root: Path, photos: Path, theirs: torch.nn.Module, transf
 
 
 @pytest.mark.parametrize(
-    "name", ["resnet18@IMAGENET1K_V1", "mobilenet_v3_small", pytest.param("googlenet", marks=pytest.mark.slow)]
+    "name",
+    ["resnet18@IMAGENET1K_V1", "mobilenet_v3_small", "mnasnet0_5", pytest.param("googlenet", marks=pytest.mark.slow)],
 )
 def test_a_torchvision_network_gives_its_librarys_logits(caches: Path, photos: Path, name: str) -> None:
     base, _, tag = name.partition("@")

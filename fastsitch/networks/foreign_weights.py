@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsitch.errors import NetworkError, argument, plain
+from fastsitch.networks.put_weights import put_weights
 from fastsitch.networks.weight_files import read_checkpoint
 from fastsitch.networks.weight_fit import Part, Wanted, parts
 from fastsitch.networks.weight_nests import Nest, find_nests
@@ -73,7 +74,7 @@ def load_weights(module: nn.Module, file: WeightsFile, find_head: Callable[[], l
             raise NetworkError(
                 f"{_shown(part, file)} has different values for {', '.join(names)}, which are one tensor in the network"
             )
-    module.load_state_dict({**wanted.tensors, **part.weights})
+    put_weights(module, {**wanted.tensors, **part.weights})
     _report(part, file, head)
     provenance = {"weights_key": part.path, "weights_prefix": part.prefix, "head": file.head}
     return {name: text for name, text in provenance.items() if text}
