@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.data.preprocessing import Interpolation, pixels
 from fastsitch.errors import NetworkError, argument
 from fastsitch.files import expanded
+from fastsitch.networks.naming_weights import naming_weights
 from fastsitch.networks.published_files import HubFile
 from fastsitch.networks.weight_files import shards
 
@@ -182,23 +184,23 @@ class LoadedClassifier:
     """Whether it takes images of one size alone."""
 
 
-def load_classifier(folder: Path, name: str) -> LoadedClassifier:
-    """Load what is in a folder; of weights nothing but tensors is read.
+def load_classifier(files: ClassifierFiles, name: str) -> LoadedClassifier:
+    """Load what files hold; of weights nothing but tensors is read.
 
     What was saved without a classifier gives features (``classes`` 0). Raises NetworkError for another type, and where
     weights are missing.
     """
     transformers = require_transformers(name)
-    kind = _kind(folder)
+    kind = _kind(files.folder)
     _require_images(transformers, kind, f"hf:{name}")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
     if kind in _TOWERS:
         config.num_labels = 0
     names = tuple(str(config.id2label[k]) for k in range(config.num_labels))
-    model, without = _loaded(transformers, folder, config)
+    model, without = _loaded(transformers, files, config)
     if without:
         config.num_labels = 0
-        model, without_features = _loaded(transformers, folder, config)
+        model, without_features = _loaded(transformers, files, config)
         if without_features or any(
             isinstance(layer, nn.Linear) and not layer.out_features for layer in model.modules()
         ):
@@ -216,11 +218,16 @@ def load_classifier(folder: Path, name: str) -> LoadedClassifier:
     )
 
 
-def _loaded(transformers: Any, folder: Path, config: Any) -> tuple[nn.Module, list[str]]:
+def _loaded(transformers: Any, files: ClassifierFiles, config: Any) -> tuple[nn.Module, list[str]]:
     """A classifier, and the names of weights that its files lack."""
-    with _quiet(transformers):
-        model, report = _builder(transformers, config.model_type).from_pretrained(
-            folder, config=config, trust_remote_code=False, output_loading_info=True
+    kind, published = config.model_type, files.published is not None
+    builder = _builder(transformers, kind)
+    with (
+        _quiet(transformers),
+        naming_weights(lambda: files.weights, kind, lambda: builder.from_config(deepcopy(config)), published=published),
+    ):
+        model, report = builder.from_pretrained(
+            files.folder, config=config, trust_remote_code=False, output_loading_info=True
         )
     return model, sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
 
