@@ -249,6 +249,19 @@ def test_a_torchvision_network_and_its_weights_are_what_torchvision_makes(tmp_pa
     assert len(chain.positions) == 9
 
 
+def test_layers_that_ask_for_their_version_get_it(tmp_path: Path, fashion: Dataset) -> None:
+    """MNASNet loads no plain dict of tensors: neither from a file, nor when it was saved."""
+    torch.manual_seed(1)
+    model = torchvision.models.mnasnet0_5(num_classes=10).eval()
+    save_file(model.state_dict(), tmp_path / "mnas.safetensors")
+    options: dict[str, Any] = {"dataset": "fashion-mini", "root": tmp_path}
+    fastsitch.add("mnas", "torchvision:mnasnet0_5", weights=tmp_path / "mnas.safetensors", **options)
+    chain = load_network(Root.at(tmp_path).models("fashion-mini"), NetworkName("mnas")).chain
+    x: Tensor = fashion.normalisation.apply(fashion.test.images[:5])
+    with torch.no_grad():
+        assert torch.equal(chain(x), model(x))
+
+
 def test_auxiliary_outputs_in_training_mode_are_refused_in_one_line(
     factory: Path, few: str, run_cli: Command, tmp_path: Path
 ) -> None:

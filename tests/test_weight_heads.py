@@ -73,7 +73,10 @@ def test_a_file_may_have_a_head_that_the_network_lacks(
     body = small(10, SHAPE)
     body.head = nn.Identity()
     save_file(prefixed("model.", state(3)), tmp_path / "c.safetensors")
-    with pytest.raises(NetworkError, match=r"does not fit the network: unexpected: model\.head\.bias, model\.head\.w"):
+    refused = (
+        r"does not fit the network: unexpected: model\.head\.bias, model\.head\.weight; give head='probe' to leave out"
+    )
+    with pytest.raises(NetworkError, match=refused):
         loaded(tmp_path / "c.safetensors", module=body)
     with caplog.at_level("INFO"):
         found, provenance = loaded(tmp_path / "c.safetensors", module=body, head=choice)
@@ -83,6 +86,44 @@ def test_a_file_may_have_a_head_that_the_network_lacks(
     save_file({**state(3), "other.weight": torch.ones(3)}, tmp_path / "more.safetensors")
     with pytest.raises(NetworkError, match=r"unexpected: head\.bias, head\.weight, other\.weight"):
         loaded(tmp_path / "more.safetensors", module=body, head=choice)
+
+
+@pytest.mark.parametrize("choice", ["probe", "none", "new"])
+def test_a_head_of_another_name_is_set_aside_with_the_networks_own(
+    choice: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    renamed = {name.replace("head.", "classifier."): tensor for name, tensor in state(3).items()}
+    path = tmp_path / "c.safetensors"
+    save_file(prefixed("model.", renamed), path)
+    refused = (
+        r"fits the network but for its head: missing: head\.weight, head\.bias; unexpected: model\.classifier\.bias"
+    )
+    with pytest.raises(
+        NetworkError, match=rf"{refused}, .*; give head='new' to leave the head untrained, head='probe'"
+    ):
+        loaded(path)
+    torch.manual_seed(8)
+    module = small(10, SHAPE)
+    drawn = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    with caplog.at_level("INFO"):
+        found, provenance = loaded(path, module=module, head=choice)
+    assert_equal(found, {name: drawn[name] if "head" in name else state(3)[name] for name in drawn})
+    assert provenance == {"weights_prefix": "model.", "head": choice}
+    assert "the head in the file (classifier) is left out" in caplog.text
+    # a second surplus, or one beside a head of the right name, is no head
+    for surplus in ({**renamed, "more.weight": torch.ones(3)}, {**state(3), "more.weight": torch.ones(3)}):
+        save_file(surplus, path)
+        with pytest.raises(NetworkError, match=r"does not fit the network: .*unexpected: .*more\.weight$"):
+            loaded(path, head=choice)
+
+
+def test_a_probe_takes_the_place_of_both_heads(factory: Path, few: str, run_cli: Command, tmp_path: Path) -> None:
+    renamed = {name.replace("head.", "classifier."): tensor for name, tensor in state(3, 12).items()}
+    save_file(renamed, tmp_path / "c.safetensors")
+    line = ["add", "mine", "--from", f"{factory}:small", "--dataset", few, "--weights", tmp_path / "c.safetensors"]
+    ended = run_cli(*line, "--head", "probe")
+    assert ended.returncode == 0, ended.stderr
+    assert "the head in the file (classifier) is left out" in ended.stderr
 
 
 def test_more_than_a_head_that_does_not_fit_is_no_matter_of_the_head(tmp_path: Path) -> None:

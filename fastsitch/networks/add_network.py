@@ -27,6 +27,7 @@ from fastsitch.networks.head_layers import head_layers
 from fastsitch.networks.model_source import ModelSource, foreign_code
 from fastsitch.networks.network_definition import Definition, define, read_definition, write_definition
 from fastsitch.networks.pretrained_network import PretrainedNetwork, load_pretrained
+from fastsitch.networks.put_weights import put_weights
 from fastsitch.networks.train_network import evaluate_network
 from fastsitch.root import Root
 from fastsitch.vocabulary import HeadChoice, require_choice, require_whole
@@ -279,7 +280,7 @@ def _evaluated(
     if published is not None:
         beside = tuple(f"{layer}." for layer in left_out)
         weights = published.module.state_dict()
-        body.load_state_dict({key: tensor for key, tensor in weights.items() if not key.startswith(beside)})
+        put_weights(body, {key: tensor for key, tensor in weights.items() if not key.startswith(beside)})
         recipe = {"name": "pretrained", "weights": new.source.text, "pretrained": published.provenance}
     elif new.weights is not None:
         file = WeightsFile(path=new.weights, key=new.weights_key, head=new.head)

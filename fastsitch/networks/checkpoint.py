@@ -17,6 +17,7 @@ from fastsitch.files import PARTIAL, remove_leftovers, write_atomically, write_j
 from fastsitch.identity import tensors_hash, torch_generator
 from fastsitch.network_names import BLOCKS, NetworkName
 from fastsitch.networks.network_definition import Definition
+from fastsitch.networks.put_weights import put_weights
 from fastsitch.networks.resnet import SmallResNet, initialise
 from fastsitch.typed_fields import typed
 
@@ -162,7 +163,7 @@ def load_network(folder: Path, name: NetworkName) -> Network:
     module = record.build()
     try:
         weights = parse_safetensors(path.read_bytes())
-        module.load_state_dict(weights)
+        put_weights(module, weights)
     except FileNotFoundError:
         raise NetworkError(f"{path} is missing: {_TRAIN_AGAIN}") from None
     except (SafetensorError, RuntimeError) as error:

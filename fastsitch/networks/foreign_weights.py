@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastsitch.errors import NetworkError, argument, plain
+from fastsitch.networks.put_weights import put_weights
 from fastsitch.networks.weight_files import read_checkpoint
 from fastsitch.networks.weight_fit import Part, Wanted, parts
 from fastsitch.networks.weight_nests import Nest, find_nests
@@ -52,14 +53,14 @@ def load_weights(module: nn.Module, file: WeightsFile, find_head: Callable[[], l
     nests = read_weights(file.path)
     head = find_head() if file.head is not None else []
     wanted = Wanted(module.state_dict(), head)
-    if file.head in ("probe", "none") and not head and (left := _head_in_file(nests, wanted)):
-        log.info("the head in the file (%s) is left out", left)
-        wanted = Wanted(wanted.tensors, [left])
     if file.head == "new" and not (head and wanted.needed):
         raise NetworkError(
             f"{argument('head', 'new')}: the network has no linear layer or convolution, one output per class, that "
             f"runs last, behind others with weights: leave it out, and give {argument('weights')} that fit"
         )
+    if file.head is not None and (other := _head_in_file(nests, wanted, file)):
+        log.info("the head in the file (%s) is left out", other)
+        wanted = Wanted(wanted.tensors, [*head, other])
     meant = _meant(nests, wanted, file)
     fitting = [part for part in meant if part.fits]
     if not fitting:
@@ -73,17 +74,24 @@ def load_weights(module: nn.Module, file: WeightsFile, find_head: Callable[[], l
             raise NetworkError(
                 f"{_shown(part, file)} has different values for {', '.join(names)}, which are one tensor in the network"
             )
-    module.load_state_dict({**wanted.tensors, **part.weights})
+    put_weights(module, {**wanted.tensors, **part.weights})
     _report(part, file, head)
     provenance = {"weights_key": part.path, "weights_prefix": part.prefix, "head": file.head}
     return {name: text for name, text in provenance.items() if text}
 
 
-def _head_in_file(nests: Sequence[Nest], wanted: Wanted) -> str:
-    """The one module of all weights that do not fit, of which the network has none; empty where there is no such."""
-    for part in (part for nest in nests for part in parts(nest, wanted)):
+def _head_in_file(nests: Sequence[Nest], wanted: Wanted, file: WeightsFile) -> str:
+    """The one module of all weights that do not fit, of which the network has none; empty where there is no such.
+
+    Nor is there where some weights fit, or where the file has a head of the network's own name too.
+    """
+    meant = _meant(nests, wanted, file)
+    if any(part.fits for part in meant):
+        return ""
+    for part in meant:
         words = {name[len(part.prefix) :].partition(".")[0] for name in part.unexpected}
-        if len(words) == 1 and not (part.missing or part.misshapen or part.other):
+        own = any(wanted.in_head(name[len(part.prefix) :]) for name in part.names if name.startswith(part.prefix))
+        if len(words) == 1 and not (own or part.missing or part.misshapen or part.other):
             (word,) = words
             if not any(name.startswith(f"{word}.") for name in wanted.tensors):
                 return word
@@ -125,11 +133,15 @@ def _only(fitting: Sequence[Part], file: WeightsFile) -> Part:
 
 
 def _require_no_other_head(nests: Sequence[Nest], wanted: Wanted, file: WeightsFile) -> None:
-    """Raise NetworkError that says how to go on if all fits but the head, which has another size or is not there.
+    """Raise NetworkError that says how to go on if all fits but the head: of another size or name, or not there.
 
     A head of another kind of numbers is no matter of size.
     """
-    if not wanted.head or not wanted.needed:
+    if not wanted.needed:
+        return
+    other, none_own = _head_in_file(nests, wanted, file), not wanted.head
+    wanted = Wanted(wanted.tensors, [*wanted.head, *([other] if other else [])])
+    if not wanted.head:
         return
     fitting = [part for part in _meant(nests, wanted, file) if part.fits]
     if not fitting:
@@ -139,6 +151,12 @@ def _require_no_other_head(nests: Sequence[Nest], wanted: Wanted, file: WeightsF
     whole = next((part for nest in nests for part in parts(nest, with_head) if part.key == place), None)
     if whole is None or whole.other:
         return
+    if none_own:
+        raise NetworkError(
+            f"{_shown(whole, file)} does not fit the network: {_faults(whole)}; give {argument('head', 'probe')} to "
+            f"leave out the head in the file ({plain(other)}) and fit one, {argument('head', 'none')} for the features "
+            "alone"
+        )
     given, own = (weights.get(f"{wanted.head[0]}.weight") for weights in (whole.weights, wanted.tensors))
     keep = ""
     if given is not None and own is not None and given.shape[1:] == own.shape[1:] and len(given) > len(own):

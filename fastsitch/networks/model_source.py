@@ -181,7 +181,7 @@ def require_timm(name: str) -> Any:
 def _transformers(name: str, classes: int, input_shape: Size, arguments: dict[str, Any]) -> nn.Module:
     if "/" in name:
         raise NetworkError(f"hf:{name} is a published network: add it with {argument('pretrained', True)}")
-    return build_classifier(name, classes, arguments)
+    return build_classifier(name, classes, arguments, input_shape)
 
 
 _LIBRARIES: dict[str, Callable[[str, int, Size, dict[str, Any]], nn.Module]] = {

@@ -188,6 +188,8 @@ def define(
             f"{source.text} returns a Chain, whose positions are fixed: leave out {argument('positions')}"
         )
     with foreign_code(source.text), _naming(source.text), torch.no_grad():
+        if source.file_hash is None:
+            _require_size(copy_modules([module])[0], input_shape)
         key, features = find_end(
             copy_modules([module])[0],
             input_shape,
@@ -238,6 +240,14 @@ def define(
 
 def _body(module: nn.Module, features: FeatureHead | None, key: str | None) -> nn.Module:
     return returning_logits(module, key) if features is None else features.body(module, key)
+
+
+def _require_size(module: nn.Module, input_shape: tuple[int, int, int]) -> None:
+    """Raise NetworkError, with what to do, where a library's network does not run on images of some size."""
+    try:
+        run_model(module, torch.zeros(2, *input_shape))
+    except NetworkError as error:
+        raise NetworkError(f"{error.message}; give {argument('resolution')} with a size that it takes") from error
 
 
 def _takes_grey_alone(module: nn.Module, input_shape: tuple[int, int, int]) -> bool:

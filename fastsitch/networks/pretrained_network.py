@@ -15,6 +15,7 @@ from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.errors import NetworkError, argument
 from fastsitch.files import expanded
 from fastsitch.networks.model_source import ModelSource, Size, foreign_code, require_known, require_timm
+from fastsitch.networks.naming_weights import naming_weights
 from fastsitch.networks.output_names import DATA_SET_KEYS, OutputNames, timm_names, with_synsets
 from fastsitch.networks.published_files import HubFile, PublishedFile, UrlFile
 from fastsitch.networks.transformers_network import classifier_files, load_classifier, processor_preprocessing
@@ -86,7 +87,13 @@ def _timm(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
         arguments["img_size"] = list(resolution)
     if file is not None:
         file.require()
-    module = timm.create_model(name, pretrained=True, **arguments)
+    with naming_weights(
+        lambda: [_local_weights(folder) if file is None else file.path] if file is None or file.cached() else [],
+        architecture,
+        lambda: timm.create_model(name, pretrained=False, **arguments),
+        published=file is not None,
+    ):
+        module = timm.create_model(name, pretrained=True, **arguments)
     data = _data_configuration(module.pretrained_cfg)
     height, width = resolution or data["input_size"][1:]
     return PretrainedNetwork(
@@ -170,6 +177,8 @@ def _local_weights(folder: Path) -> Path:
             return folder / name
     suffixes = (".safetensors", ".pth", ".bin")
     found = [path for path in folder.iterdir() if path.suffix in suffixes]
+    if not found:
+        raise NetworkError(f"{folder} has no weights: expected model.safetensors or pytorch_model.bin")
     return min(found, key=lambda path: (suffixes.index(path.suffix), path.name))
 
 
@@ -208,7 +217,8 @@ def _torchvision(name: str, resolution: tuple[int, int] | None) -> PretrainedNet
     source = ModelSource(f"torchvision:{base}", arguments=_json(arguments))
     categories = weights.meta["categories"]
     module = source.build(len(categories), (3, height, width))
-    module.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
+    with naming_weights(lambda: [file.path], base, lambda: module, published=True):
+        module.load_state_dict(weights.get_state_dict(progress=False, check_hash=True, weights_only=True))
     return PretrainedNetwork(
         source=source,
         module=module,
@@ -236,7 +246,7 @@ def torchvision_preprocessing(shown: Any, resolution: tuple[int, int] | None) ->
 
 def _transformers(name: str, resolution: tuple[int, int] | None) -> PretrainedNetwork:
     files = classifier_files(name)
-    loaded = load_classifier(files.folder, name)
+    loaded = load_classifier(files, name)
     if resolution is not None and loaded.fixed_size:
         raise NetworkError(
             f"hf:{name} takes images of one size: leave out {argument('resolution')}, or expected a network without "

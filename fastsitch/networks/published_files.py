@@ -33,6 +33,9 @@ class PublishedFile(Protocol):
     def revision(self) -> str:
         """The version of its repository, where there are several; otherwise empty."""
 
+    def cached(self) -> Path | None:
+        """The same, or None where it is not there."""
+
     def require(self) -> None:
         """Say what is to be downloaded; raises NetworkError where it is neither in the cache nor to be had."""
 
@@ -56,8 +59,11 @@ class UrlFile:
     def revision(self) -> str:
         return ""
 
+    def cached(self) -> Path | None:
+        return self.path if self.path.is_file() else None
+
     def require(self) -> None:
-        if self.path.is_file():
+        if self.cached() is not None:
             return
         try:
             with urlopen(Request(self.url, method="HEAD"), timeout=_PATIENCE) as answer:
@@ -91,7 +97,7 @@ class HubFile:
 
     @property
     def path(self) -> Path:
-        found = self._cached()
+        found = self.cached()
         assert found is not None, f"{self.repository} was not loaded"
         return found
 
@@ -101,7 +107,7 @@ class HubFile:
         return self.path.parent.name
 
     def require(self) -> None:
-        if self._cached() is not None:
+        if self.cached() is not None:
             return
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
@@ -131,7 +137,7 @@ class HubFile:
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import EntryNotFoundError
 
-        for name in self.names if self._cached() is None else ():
+        for name in self.names if self.cached() is None else ():
             with suppress(EntryNotFoundError):
                 hf_hub_download(self.repository, name, revision=self.asked_revision)
                 break
@@ -141,7 +147,7 @@ class HubFile:
     def _described(self) -> str:
         return f"hf.co/{self.repository}" + (f"@{self.asked_revision}" if self.asked_revision else "")
 
-    def _cached(self) -> Path | None:
+    def cached(self) -> Path | None:
         from huggingface_hub import try_to_load_from_cache
 
         for name in self.names:

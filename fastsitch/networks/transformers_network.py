@@ -1,8 +1,9 @@
-"""Image classifiers of transformers: built from their configuration, without code of their repositories."""
+"""Image classifiers and towers of transformers: built from their configuration, without code of their repositories."""
 
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from fastsitch.chains.trace import first_line
 from fastsitch.data import Normalisation, Preprocessing
 from fastsitch.data.preprocessing import Interpolation, pixels
 from fastsitch.errors import NetworkError, argument
 from fastsitch.files import expanded
+from fastsitch.networks.naming_weights import naming_weights
 from fastsitch.networks.published_files import HubFile
 from fastsitch.networks.weight_files import shards
 
@@ -44,10 +47,16 @@ _VOLATILE = (
 
 _FILES = (
     ("config.json",),
-    ("preprocessor_config.json",),
-    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"),
+    ("preprocessor_config.json", "processor_config.json"),
+    ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
 )
 """What is read of a repository; of several the first that it has."""
+
+_BESIDE = ("README.md", "processor_config.json")
+"""What is read too where it is there: the second, of whole processors, comes before that of the images alone."""
+
+_TOWERS = ("clip_vision_model", "siglip_vision_model", "dinov3_vit", "dinov3_convnext")
+"""Types that give features, of which transformers has no classifier."""
 
 _FRONT_MATTER = 10_000
 """Characters of a README that are looked at."""
@@ -62,15 +71,36 @@ def require_transformers(name: str) -> Any:
     return transformers
 
 
-def build_classifier(kind: str, classes: int, configuration: Mapping[str, Any]) -> nn.Module:
-    """A classifier of some type with the weights that its code draws; raises NetworkError for an unknown type."""
+def build_classifier(
+    kind: str, classes: int, configuration: Mapping[str, Any], input_shape: tuple[int, int, int] | None = None
+) -> nn.Module:
+    """A classifier of some type, or a tower of features, with the weights that its code draws.
+
+    Without a ``configuration`` it is built for images of ``input_shape``. Raises NetworkError for an unknown type.
+    """
     transformers = require_transformers(kind)
-    _require_classifier(transformers, kind, f"hf:{kind}")
+    _require_images(transformers, kind, f"hf:{kind}")
     config = transformers.AutoConfig.for_model(kind, **configuration, num_labels=classes)
     # what chooses among the classifiers of a type expects a list
     config.architectures = config.architectures or []
-    model: nn.Module = transformers.AutoModelForImageClassification.from_config(config, trust_remote_code=False)
+    if input_shape is not None and not configuration:
+        _for_images(getattr(config, "vision_config", config), input_shape)
+    model: nn.Module = _builder(transformers, kind).from_config(config, trust_remote_code=False)
     return model
+
+
+def _for_images(config: Any, input_shape: tuple[int, int, int]) -> None:
+    """Have a configuration built for images of some size, where it states one."""
+    channels, height, width = input_shape
+    if hasattr(config, "num_channels"):
+        config.num_channels = channels
+    size = getattr(config, "image_size", None)
+    if size is not None:
+        config.image_size = height if height == width and isinstance(size, int) else (height, width)
+
+
+def _builder(transformers: Any, kind: str) -> Any:
+    return transformers.AutoModel if kind in _TOWERS else transformers.AutoModelForImageClassification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +148,11 @@ def classifier_files(name: str) -> ClassifierFiles:
         part = replace(described, names=(shard.name,))
         part.require()
         part.fetched()
-    with suppress(NetworkError):
-        readme = replace(described, names=("README.md",))
-        readme.require()
-        readme.fetched()
+    for beside in _BESIDE:
+        with suppress(NetworkError):
+            file = replace(described, names=(beside,))
+            file.require()
+            file.fetched()
     return ClassifierFiles(folder=weights.parent, weights=_shards(weights), published=published)
 
 
@@ -153,20 +184,23 @@ class LoadedClassifier:
     """Whether it takes images of one size alone."""
 
 
-def load_classifier(folder: Path, name: str) -> LoadedClassifier:
-    """Load what is in a folder; of weights nothing but tensors is read.
+def load_classifier(files: ClassifierFiles, name: str) -> LoadedClassifier:
+    """Load what files hold; of weights nothing but tensors is read.
 
     What was saved without a classifier gives features (``classes`` 0). Raises NetworkError for another type, and where
     weights are missing.
     """
     transformers = require_transformers(name)
-    _require_classifier(transformers, _kind(folder), f"hf:{name}")
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    kind = _kind(files.folder)
+    _require_images(transformers, kind, f"hf:{name}")
+    config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
+    if kind in _TOWERS:
+        config.num_labels = 0
     names = tuple(str(config.id2label[k]) for k in range(config.num_labels))
-    model, without = _loaded(transformers, folder, config)
+    model, without = _loaded(transformers, files, config)
     if without:
         config.num_labels = 0
-        model, without_features = _loaded(transformers, folder, config)
+        model, without_features = _loaded(transformers, files, config)
         if without_features or any(
             isinstance(layer, nn.Linear) and not layer.out_features for layer in model.modules()
         ):
@@ -184,11 +218,16 @@ def load_classifier(folder: Path, name: str) -> LoadedClassifier:
     )
 
 
-def _loaded(transformers: Any, folder: Path, config: Any) -> tuple[nn.Module, list[str]]:
+def _loaded(transformers: Any, files: ClassifierFiles, config: Any) -> tuple[nn.Module, list[str]]:
     """A classifier, and the names of weights that its files lack."""
-    with _quiet(transformers):
-        model, report = transformers.AutoModelForImageClassification.from_pretrained(
-            folder, config=config, trust_remote_code=False, output_loading_info=True
+    kind, published = config.model_type, files.published is not None
+    builder = _builder(transformers, kind)
+    with (
+        _quiet(transformers),
+        naming_weights(lambda: files.weights, kind, lambda: builder.from_config(deepcopy(config)), published=published),
+    ):
+        model, report = builder.from_pretrained(
+            files.folder, config=config, trust_remote_code=False, output_loading_info=True
         )
     return model, sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
 
@@ -218,12 +257,12 @@ def _kind(folder: Path) -> str:
         ) from None
 
 
-def _require_classifier(transformers: Any, kind: str, what: str) -> None:
+def _require_images(transformers: Any, kind: str, what: str) -> None:
     known = transformers.models.auto.modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    if kind not in known:
+    if kind not in known and kind not in _TOWERS:
         raise NetworkError(
             f"{what} is of the type {kind}: expected one with an image classifier in transformers, such as "
-            "vit, swin, convnext, resnet or dinov2"
+            f"vit, swin, convnext, resnet or dinov2, or one of {', '.join(_TOWERS)}"
         )
 
 
@@ -236,7 +275,14 @@ def processor_preprocessing(
     cropping and normalising, or gives images of several sizes.
     """
     transformers = require_transformers(name)
-    processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    try:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    # what a library makes of any JSON
+    except Exception as error:
+        raise NetworkError(
+            f"{folder} has no image processor that can be read ({type(error).__name__}: {first_line(error)}): expected "
+            f"{_FILES[1][0]}, or {_FILES[1][1]} with an image_processor in it, as transformers saves them"
+        ) from error
     kind = type(processor).__name__
     examples = [_example(height, width) for height, width in _SIZES]
     outputs = [_processed(processor, example) for example in examples]

@@ -41,7 +41,7 @@ def read_checkpoint(path: Path) -> Any:
         path = _in_folder(path)
     if path.name.endswith(_INDEX):
         return _read_shards(path)
-    return _read_file(path, argument("weights", path))
+    return read_file(path, argument("weights", path))
 
 
 def _in_folder(folder: Path) -> Path:
@@ -60,7 +60,7 @@ def _in_folder(folder: Path) -> Path:
     raise NetworkError(f"{argument('weights', folder)} is a folder, no regular file: {there}")
 
 
-def _read_file(path: Path, shown: str) -> Any:
+def read_file(path: Path, shown: str) -> Any:
     """One file, by its content or name; ``shown`` names it in errors."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise NetworkError(f"{shown} is no regular file: {_EXPECTED}")
@@ -117,7 +117,7 @@ def _read_shards(index: Path) -> dict[str, Any]:
         raise NetworkError(f"{shown} lacks {_listed(missing)} of its {len(files)} shards: put them beside it")
     weights: dict[str, Any] = {}
     for name in files:
-        content = _read_file(index.parent / name, f"{shown}: shard {plain(name)}")
+        content = read_file(index.parent / name, f"{shown}: shard {plain(name)}")
         listed = [key for key, file in places.items() if file == name]
         lacking = [key for key in listed if not isinstance(content, Mapping) or key not in content]
         if lacking:
