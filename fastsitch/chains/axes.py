@@ -58,6 +58,9 @@ def follow_axes(
         parents = [parent for parent in node.all_input_nodes if parent in known]
         # of several operands the one that looks like the result: the others may be broadcast
         parent = min(parents, key=lambda node_before: shapes.get(node_before) != shapes.get(node), default=None)
+        if parents and (joined := _joined(node)) and joined[-1] in parents:
+            # behind class tokens
+            parent = joined[-1]
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         before = None if parent is None else known[parent]
         guess = _module_axes(module, shapes.get(node), image_size)
@@ -163,9 +166,15 @@ def _reshaped(before: Axes, shape: tuple[int, ...], after: tuple[int, ...]) -> A
 
 def _other_tokens(node: fx.Node, parent: fx.Node, before: Axes, more: int) -> Axes | None:
     """Tokens put before those of ``parent``, or removed from there."""
-    joined = node.args[0] if operation(node) in ("cat", "concat") else ()
-    if more > 0 and isinstance(joined, list | tuple) and joined and joined[-1] is parent:
+    joined = _joined(node)
+    if more > 0 and joined and joined[-1] is parent:
         return replace(before, prefix=before.prefix + more)
     if -before.prefix <= more < 0 and operation(node) in ("getitem", "slice"):
         return replace(before, prefix=before.prefix + more)
     return None
+
+
+def _joined(node: fx.Node) -> Sequence[fx.Node]:
+    """The tensors that a node concatenates."""
+    joined = node.args[0] if node.args and operation(node) in ("cat", "concat") else ()
+    return [one for one in joined if isinstance(one, fx.Node)] if isinstance(joined, list | tuple) else ()

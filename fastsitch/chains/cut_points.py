@@ -2,6 +2,7 @@
 
 import builtins
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +19,8 @@ from fastsitch.chains.trace import FROM_SEGMENTS, SIZES, CannotCut, Trace, first
 from fastsitch.errors import NetworkError, argument
 
 log = logging.getLogger(__name__)
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 PROBABILITIES = (nn.Softmax, nn.Softmax2d, nn.Sigmoid)
 """Modules whose output is no logits."""
@@ -257,14 +260,17 @@ class CutGraph:
 
     def _blocks(self) -> dict[fx.Node, str]:
         """The outermost modules that are blocks and whose output is a cut: their names, by their output."""
-        kinds = set()
+        joins = []
         for before, after in pairwise([self.trace.input, *self.cuts, self.data[-1]]):
             within = self.data[self.order[before] + 1 : self.order[after] + 1]
             if len(within) > 1:
                 # parallel paths: they belong to the innermost module that has all of them
-                joining = _innermost_module([self.trace.owners[node] for node in within])
-                kinds.add(type(self.model.get_submodule(joining)))
-        kinds -= {type(self.model), nn.Sequential, nn.ModuleList, nn.ModuleDict}
+                joins.append((_innermost_module([self.trace.owners[node] for node in within]), after))
+        # where there are no others, gates such as squeeze-and-excitation are parts of blocks
+        alone = all(self._is_gate(after) for _, after in joins)
+        paths = {self._around(path) if alone else path for path, _ in joins}
+        kinds = {type(self.model.get_submodule(path)) for path in paths}
+        kinds -= {type(self.model), *_CONTAINERS}
         blocks: dict[fx.Node, str] = {}
         ends = {path: node for node in self.cuts for path in self.trace.outputs.get(node, ())}
         for path, module in self.model.named_modules():
@@ -272,6 +278,20 @@ class CutGraph:
                 blocks[ends[path]] = path
         # one that blocks share may be named before them
         return {node: path for node, path in blocks.items() if not self._inside(path, blocks.values())}
+
+    def _is_gate(self, node: fx.Node) -> bool:
+        """Whether a node multiplies a tensor by a smaller one."""
+        factors = [self.values[0].get(parent) for parent in node.all_input_nodes]
+        shapes = {factor.shape for factor in factors if isinstance(factor, TensorSpec)}
+        return operation(node) in ("mul", "mul_") and len(shapes) > 1
+
+    def _around(self, path: str) -> str:
+        """The module around a gate, if it is one of several of its kind; else the gate."""
+        kinds = Counter(type(module) for module in self.model.modules())
+        around = path.rpartition(".")[0]
+        while around and type(self.model.get_submodule(around)) in _CONTAINERS:
+            around = around.rpartition(".")[0]
+        return around if around and kinds[type(self.model.get_submodule(around))] > 1 else path
 
     def _inside(self, path: str, blocks: Collection[str]) -> bool:
         """Whether a module belongs to one of these blocks, by its name or by where it is called."""
