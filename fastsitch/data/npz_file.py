@@ -2,7 +2,7 @@
 
 import logging
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -142,10 +142,7 @@ def _pixels(images: dict[str, NDArray[Any]], said: dict[str, str]) -> dict[str, 
     """uint8 as it is; numbers from 0 to 255, and floats from 0 to 1 of all splits, as uint8; raises DataError."""
     odd = any(array.ndim not in (3, 4) or array.dtype.kind not in "iuf" for array in images.values())
     # what can be no images is refused together with its shape
-    if odd or (
-        all(array.dtype == np.uint8 for array in images.values())
-        and any(not array.size or block.max() > 1 for array in images.values() for block in _blocks(array))
-    ):
+    if odd or (all(array.dtype == np.uint8 for array in images.values()) and not _are_masks(images)):
         return images
     kinds = {array.dtype.kind == "f" for array in images.values()}
     if len(kinds) > 1:
@@ -173,6 +170,12 @@ def _pixels(images: dict[str, NDArray[Any]], said: dict[str, str]) -> dict[str, 
         )
     scale = 255 if highest <= 1 else 1
     return {split: _as_uint8(array, scale) for split, array in images.items()}
+
+
+def _are_masks(images: Mapping[str, NDArray[Any]]) -> bool:
+    """Whether pixels are 0 and 1; those that are all 0 are no masks."""
+    highest = [block.max() for array in images.values() if array.size for block in _blocks(array)]
+    return max(highest, default=0) == 1
 
 
 def _as_uint8(array: NDArray[Any], scale: int) -> NDArray[np.uint8]:
