@@ -81,7 +81,18 @@ def test_a_dry_run_needs_nothing_but_names(run_cli: Command, tmp_path: Path) -> 
     small = [f"R{a}{b}{c}{d}" for a in "12" for b in "12" for c in "12" for d in "12"]
     names = ",".join(small)
     dry_run = run_cli(
-        "sweep", "--senders", names, "--receivers", names, "--dataset", "cifar10", "--source", "streamed", "--dry-run"
+        "sweep",
+        "--senders",
+        names,
+        "--receivers",
+        names,
+        "--dataset",
+        "cifar10",
+        "--source",
+        "streamed",
+        "--dry-run",
+        "--precision",
+        "bf16",
     )
     assert dry_run.returncode == 0, dry_run.stderr
     assert "256 units, 12,544 cells, 50000 + 10000 images 32x32" in dry_run.stdout
