@@ -2,11 +2,8 @@
 
 import errno
 import re
-import signal
 import sys
 import traceback
-from types import FrameType
-from typing import NoReturn
 
 import typer
 
@@ -15,6 +12,7 @@ from fastsitch.cli import progress_display
 from fastsitch.cli.bench_command import bench
 from fastsitch.cli.demo_command import demo
 from fastsitch.cli.doctor_command import doctor
+from fastsitch.cli.interrupts import hear_interrupts
 from fastsitch.cli.list_command import list_root
 from fastsitch.cli.network_commands import add, precompute, train
 from fastsitch.cli.options import GroupedCommand, with_addresses
@@ -64,8 +62,7 @@ def options(
 def main() -> None:
     """Run the command line; ends with 0 done, 1 failed while running, 2 bad usage or input."""
     progress_display.show_log()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    hear_interrupts()
     sys.exit(_run())
 
 
@@ -165,14 +162,6 @@ def _is_out_of_memory(error: Exception) -> bool:
     from fastsitch.machine import out_of_memory
 
     return out_of_memory(error)
-
-
-class _Interrupt(KeyboardInterrupt):
-    """Ctrl-C. Python ends with its own exit code after a plain KeyboardInterrupt inside ``exec``, caught or not."""
-
-
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    raise _Interrupt
 
 
 def _interrupted() -> int:

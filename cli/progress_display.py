@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from fastsitch.cli.interrupts import raise_interrupt
 from fastsitch.cli.text_formats import duration, rate_text
 from fastsitch.errors import printable
 from fastsitch.progress import Progress
@@ -64,7 +65,8 @@ class ProgressDisplay:
             self._bar.stop()
 
     def report(self, progress: Progress) -> None:
-        """Show how far the work is."""
+        """Show how far the work is; raises a Ctrl-C that was swallowed on the way here."""
+        raise_interrupt()
         now = time.monotonic()
         work = (progress.task, progress.unit, progress.total)
         if work != self._work:

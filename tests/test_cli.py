@@ -338,11 +338,28 @@ def test_an_interrupted_sweep_ends_with_1_and_says_so(fashion: Dataset, tmp_path
     assert "Traceback" not in ended.stderr
 
 
-def test_an_interrupt_inside_exec_ends_with_1(tmp_path: Path) -> None:
-    """Imports run ``exec`` (dataclasses, named tuples), and Python remembers a KeyboardInterrupt that passes it."""
+_INTERRUPTED = "import os, signal; os.kill(os.getpid(), signal.SIGINT); [i for i in range(9)]"
+_SWALLOWED = f"""
+with ProgressDisplay() as display:
+    try:
+        {_INTERRUPTED}
+    except BaseException:
+        pass
+    display.report(Progress(0, 9, "cells", "sweep"))
+"""
+
+
+@pytest.mark.parametrize("work", [_INTERRUPTED, _SWALLOWED])
+def test_an_interrupt_inside_exec_ends_with_1(work: str, tmp_path: Path) -> None:
+    """Imports run ``exec`` (dataclasses, named tuples), and Python remembers a KeyboardInterrupt that passes it.
+
+    Those of torch also try modules, and go on whatever they raise.
+    """
     (tmp_path / "interrupted.py").write_text(
         "from fastsitch.cli import main\n"
-        "main.app = lambda **_: exec('import os, signal; os.kill(os.getpid(), signal.SIGINT); [i for i in range(9)]')\n"
+        "from fastsitch.cli.progress_display import ProgressDisplay\n"
+        "from fastsitch.progress import Progress\n"
+        f"main.app = lambda **_: exec({work!r}, globals())\n"
         "main.main()\n"
     )
     line = [sys.executable, "-m", "interrupted"]
