@@ -21,6 +21,7 @@ from fastsitch.machine import release_memory
 from fastsitch.network_names import BLOCKS
 from fastsitch.networks.resnet import position_shapes
 from fastsitch.planning.group_memory import (
+    Pair,
     StepKind,
     group_memory,
     largest_group,
@@ -155,7 +156,7 @@ def test_predicted_memory_grows_with_stitches_and_images() -> None:
 def test_the_largest_group_fits_and_a_larger_one_does_not(megabytes: int) -> None:
     pairs = [(shapes(a), shapes(b)) for a, b in (("R1111", "R1111"), ("R2222", "R1111"), ("R1111", "R2222"))]
     budget = megabytes * 10**6
-    size = largest_group([(*pair, cells(*pair)) for pair in pairs], KIND, budget)
+    size = largest_group([Pair(*pair, cells(*pair)) for pair in pairs], KIND, budget)
     most = max(len(sender) * len(receiver) for sender, receiver in pairs)
 
     def fits(size: int) -> bool:
@@ -167,7 +168,7 @@ def test_the_largest_group_fits_and_a_larger_one_does_not(megabytes: int) -> Non
 
     assert size == 1 or fits(size)
     assert size == most or not fits(size + 1)
-    asked = [(*pair, cells(*pair)) for pair in pairs]
+    asked = [Pair(*pair, cells(*pair)) for pair in pairs]
     assert smallest_group_memory(asked, KIND) <= group_memory(cells(*pairs[0]), *pairs[0], KIND)
 
 

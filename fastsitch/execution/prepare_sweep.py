@@ -1,6 +1,7 @@
 """A sweep before it begins: what cannot work is refused, and what ``auto`` chose is frozen into the run."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from fastsitch.activations.precompute import open_fitting, store_identity, storing_network
@@ -16,6 +17,8 @@ from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import memory_budget
 from fastsitch.planning.resolve_auto import resolve
 from fastsitch.planning.source_rates import choose_measured
+from fastsitch.receivers.contract import SegmentMemory
+from fastsitch.receivers.graph_segment import segment_costs
 from fastsitch.receivers.working_precision import working_network
 from fastsitch.root import Root
 from fastsitch.runs.continue_run import require_same_device, require_same_run
@@ -96,11 +99,31 @@ class Preparation:
             budget=budget,
         )
         log.info("source %s", source.reason)
-        resolved = resolve(self._root.path, self._plan, source, device, memory=self._memory, budget=budget)
+        resolved = resolve(
+            self._root.path,
+            self._plan,
+            source,
+            device,
+            memory=self._memory,
+            budget=budget,
+            segments=self._segments(),
+        )
         return Run.create(
             path,
             RunRecord(config=self._config, resolved=resolved, networks=self._inputs, data_hash=self._dataset.hash),
         )
+
+    def _segments(self) -> dict[NetworkName, Sequence[SegmentMemory]]:
+        """What a step takes for the segments of receivers that are no small ResNets."""
+        config = self._config
+        if config.loss != "task" or config.receiver_bn != "frozen":
+            return {}
+        dtype = DTYPES[resolve_precision(config.precision, self._device)]
+        return {
+            name: segment_costs(self._networks.receiver(name, dtype, self._device))
+            for name in dict.fromkeys(unit.receiver_network for unit in self._plan.units)
+            if not name.built_in
+        }
 
     def _require_receivers(self) -> None:
         """Refuse a receiver that does not work in the run's precision, or without a gradient where one is needed."""

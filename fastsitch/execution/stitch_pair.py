@@ -22,9 +22,11 @@ from fastsitch.machine import (
     resolve_kernel,
     resolve_precision,
 )
-from fastsitch.planning.group_memory import StepKind, largest_group
+from fastsitch.networks.resnet import SmallResNet
+from fastsitch.planning.group_memory import Pair, StepKind, largest_group
 from fastsitch.progress import Report, ignore
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.graph_segment import segment_costs, use_graphs
 from fastsitch.receivers.working_precision import working_network
 from fastsitch.runs.sweep_config import SweepPrecision
 from fastsitch.stitching.cell_result import CellResult
@@ -106,7 +108,7 @@ def stitch(
         resample: how grids whose sizes are no multiples of each other are joined.
         class_token: what becomes the class token of a receiver that has one.
         precision: ``auto``, ``bf16`` or ``fp32``.
-        group_size: cells that share a batch; None: as many as memory holds, by the formula of the small ResNets.
+        group_size: cells that share a batch; None: as many as memory holds.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         report: gets the cells done.
 
@@ -135,6 +137,8 @@ def stitch(
     back = 0 if loss == "task" else None
     frozen = working_network(receiver, "the receiver", way_out, dtype=dtype, device=torch_device, gradients_to=back)
     _require_fit(sender, frozen, receiver.input_shape, dataset)
+    if loss == "task":
+        use_graphs(frozen, receiver)
     provider = working_network(sender, "the sender", way_out, dtype=dtype, device=torch_device)
     transform = _transform(sender, sender_normalisation, dataset)
     train, test = (LiveSplit(provider, transform, x, stored=dtype, dtype=dtype) for x in (dataset.train, dataset.test))
@@ -144,7 +148,9 @@ def stitch(
     if group_size is None:
         step = StepKind.of(torch_device, compute, kernel, "off", chosen.batch_size, rules=rules)
         budget = int(_MEMORY_SHARE * available_memory(torch_device))
-        group_size = largest_group([(shapes[0], shapes[1], [(cell.i, cell.j) for cell in cells])], step, budget)
+        segments = segment_costs(frozen) if loss == "task" and not isinstance(receiver, SmallResNet) else None
+        pair = Pair(shapes[0], shapes[1], [(cell.i, cell.j) for cell in cells], segments)
+        group_size = largest_group([pair], step, budget)
     order = ImageOrder(seed=seed)
     source = LiveSource(train, test)
     stitches = StitchWork(receiver=frozen, source=source, recipe=chosen, order=order, kernel=kernel, rules=rules)

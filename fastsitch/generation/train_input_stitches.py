@@ -11,6 +11,7 @@ from fastsitch.planning.group_memory import StepKind, group_memory, matching_mem
 from fastsitch.planning.source_choice import source_costs
 from fastsitch.progress import Progress, Report
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.graph_segment import segment_costs
 from fastsitch.runs.workbench import Workbench
 from fastsitch.stitching.cell_result import CellResult
 from fastsitch.stitching.cells import Cell, Unit
@@ -76,7 +77,7 @@ class InputStitchTrainer:
             rules=config.rules,
         )
         matched = self._match(unit, cells, moments)
-        size = self._group_size(cells, source.shapes, [position.rows for position in receiver.positions])
+        size = self._group_size(cells, source.shapes, receiver)
         training = work.train(matched if config.init == "matched" else None)
         vanilla, size = train_in_groups(cells, size, training, report)
         fitted, _ = train_in_groups(cells, size, work.evaluate(matched))
@@ -97,7 +98,7 @@ class InputStitchTrainer:
             self._receivers[name] = self._workbench.freeze(self._workbench.networks.load(name).chain.with_input())
         return self._receivers[name]
 
-    def _group_size(self, asked: Sequence[Cell], sender: Sequence[Shape], receiver: Sequence[Shape]) -> int:
+    def _group_size(self, asked: Sequence[Cell], sender: Sequence[Shape], network: FrozenNetwork) -> int:
         """The most stitches into the input whose training fits into memory together; at least 1."""
         resolved, config = self._run.resolved, self._run.config
         # whatever the run's own stitches are trained on, these pass through a frozen receiver
@@ -110,11 +111,13 @@ class InputStitchTrainer:
             rules=config.rules,
         )
         cells = [(cell.i, cell.j) for cell in asked]
+        receiver = [position.rows for position in network.positions]
+        segments = None if asked[0].unit.receiver_network.built_in else segment_costs(network)
         free = self._free - matching_memory(
             sender, receiver, preconditioned=config.preconditions, rules=config.rules, cells=cells
         )
         groups = 1
-        while groups < len(cells) and group_memory(cells[::groups], sender, receiver, step) > free:
+        while groups < len(cells) and group_memory(cells[::groups], sender, receiver, step, segments) > free:
             groups += 1
         return -(-len(cells) // groups)
 

@@ -5,6 +5,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise, product
+from typing import NamedTuple
 
 import torch
 
@@ -12,6 +13,7 @@ from fastsitch.chains.layout import elements
 from fastsitch.errors import ConfigError, argument
 from fastsitch.machine import DTYPES
 from fastsitch.receivers.compiled_blocks import micro_batch
+from fastsitch.receivers.contract import SegmentMemory
 from fastsitch.receivers.relu_mask import mask_bytes
 from fastsitch.receivers.residual_block import CHUNK_BYTES
 from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules, Shape
@@ -25,9 +27,19 @@ _OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
 _EVALUATION_OVERHEAD = {"cpu": 36 * 10**6, "cuda": 512 * 10**6}
 """The same where the receiver only evaluates."""
 
-Pair = tuple[Sequence[Shape], Sequence[Shape], Sequence[tuple[int, int]]]
-"""Shapes of a sender's and a receiver's positions, and the cells (i, j) to train, the earliest receiver position first.
-"""
+
+class Pair(NamedTuple):
+    """Shapes of a sender's and a receiver's positions, and the cells (i, j) to train, earliest receiver position first.
+
+    ``segments``: what the receiver's segments take, and last its head; None for the small ResNets, for which it follows
+    from shapes.
+    """
+
+    sender: Sequence[Shape]
+    receiver: Sequence[Shape]
+    cells: Sequence[tuple[int, int]]
+    segments: Sequence[SegmentMemory] | None = None
+
 
 _UNITS = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
@@ -81,13 +93,18 @@ class StepKind:
 
 
 def group_memory(
-    cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
+    cells: Sequence[tuple[int, int]],
+    sender: Sequence[Shape],
+    receiver: Sequence[Shape],
+    kind: StepKind,
+    segments: Sequence[SegmentMemory] | None = None,
 ) -> int:
     """Predicted peak bytes of training the cells (i, j) together, beyond the sender's representations.
 
-    A model: buffers of the receiver's batch, what its blocks keep, the mini-batch, parameters, and the largest
-    temporaries. Evaluation runs two batches at a time and keeps nothing, which is always less. Where the receiver only
-    evaluates, one batch at a time, training holds the outputs of one position after the other.
+    A model: buffers of the receiver's batch, what its segments keep (those of a small ResNet, unless ``segments`` are
+    given), the mini-batch, parameters, and the largest temporaries. Evaluation runs two batches at a time and keeps
+    nothing, which is always less. Where the receiver only evaluates, one batch at a time, training holds the outputs of
+    one position after the other.
     """
     counts = [sum(j == position for _, position in cells) for j in range(len(receiver))]
     ends = list(accumulate(counts))
@@ -102,6 +119,9 @@ def group_memory(
         kept = max(max(buffers[::2]) + max(buffers[1::2], default=0), outputs * (kind.itemsize + summed))
         # the expected representations of a mini-batch
         kept += sum(sizes) * kind.images * kind.itemsize
+    elif segments is not None:
+        *inner, _ = segments
+        kept = sum(buffers) + sum(samples * each.kept for samples, each in zip(carried, inner, strict=True))
     elif kind.masked:
         whole = [-(-samples // kind.micro_batch) * kind.micro_batch for samples in carried]
         kept = max(buffers[::2]) + max(buffers[1::2], default=0)
@@ -113,7 +133,13 @@ def group_memory(
             count * samples * size * kind.itemsize
             for count, samples, size in zip(tensors, carried[1:], sizes[1:], strict=True)
         )
-    temporaries = (_temporaries(sizes[j - 1], sizes[j], carried[j], kind) for j in range(1, len(sizes)))
+    if segments is not None and not kind.regresses:
+        temporaries = [
+            min(samples, each.images or samples) * each.working
+            for samples, each in zip([*carried, ends[-1] * kind.images], segments, strict=True)
+        ]
+    else:
+        temporaries = [_temporaries(sizes[j - 1], sizes[j], carried[j], kind) for j in range(1, len(sizes))]
     return (
         kept
         + _parameters(cells, sender, receiver, kind)
@@ -160,13 +186,14 @@ def largest_group(pairs: Iterable[Pair], kind: StepKind, budget: int) -> int:
     At least 1. Groups of a pair are equal, so each pair is split into as few of them as will do.
     """
     most, limit = 1, math.inf
-    for sender, receiver, cells in {
-        (tuple(sender), tuple(receiver), tuple(cells)) for sender, receiver, cells in pairs
+    for sender, receiver, cells, segments in {
+        (tuple(one), tuple(other), tuple(cells), None if costs is None else tuple(costs))
+        for one, other, cells, costs in pairs
     }:
         most = max(most, len(cells))
         groups = 1
         # the first group has the earliest cells, which pass through the most blocks
-        while groups < len(cells) and group_memory(cells[::groups], sender, receiver, kind) > budget:
+        while groups < len(cells) and group_memory(cells[::groups], sender, receiver, kind, segments) > budget:
             groups += 1
         if groups > 1:
             limit = min(limit, -(-len(cells) // (groups - 1)) - 1)
@@ -175,7 +202,7 @@ def largest_group(pairs: Iterable[Pair], kind: StepKind, budget: int) -> int:
 
 def smallest_group_memory(pairs: Iterable[Pair], kind: StepKind) -> int:
     """Predicted bytes of the largest group of one cell."""
-    return max(group_memory(cells[:1], sender, receiver, kind) for sender, receiver, cells in pairs)
+    return max(group_memory(pair.cells[:1], pair.sender, pair.receiver, kind, pair.segments) for pair in pairs)
 
 
 def memory_budget(requested: str | int, available: int, device: str) -> int:

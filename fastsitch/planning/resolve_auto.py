@@ -1,15 +1,18 @@
 """What ``auto`` means for a sweep on this machine: the same rules for runs and for predictions."""
 
 import logging
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from fastsitch.errors import MemoryLimitError, argument
 from fastsitch.machine import resolve_compile, resolve_kernel, resolve_precision
+from fastsitch.network_names import NetworkName
 from fastsitch.planning.group_memory import Pair, StepKind, largest_group, matching_memory, smallest_group_memory
 from fastsitch.planning.machine_profile import Tuning, find_tuning, tuned_compile, tuned_group_size
 from fastsitch.planning.source_choice import SourceChoice
+from fastsitch.receivers.contract import SegmentMemory
 from fastsitch.runs.run_record import Resolved
 from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.runs.sweep_plan import SweepPlan
@@ -17,11 +20,22 @@ from fastsitch.vocabulary import Compile
 
 log = logging.getLogger(__name__)
 
+Segments = Mapping[NetworkName, Sequence[SegmentMemory]]
+
 
 def resolve(
-    root: Path, plan: SweepPlan, source: SourceChoice, device: torch.device, *, memory: str, budget: int
+    root: Path,
+    plan: SweepPlan,
+    source: SourceChoice,
+    device: torch.device,
+    *,
+    memory: str,
+    budget: int,
+    segments: Segments | None = None,
 ) -> Resolved:
     """Everything that ``auto`` chooses, given the source and the bytes a sweep may take (``memory``, as asked for).
+
+    ``segments``: what those of receivers take that are no small ResNets.
 
     Raises MemoryLimitError when a budget that was named does not hold a single cell.
     """
@@ -37,7 +51,7 @@ def resolve(
         precision=precision,
         kernel=kernel,
         compile=compile,
-        group_size=_group_size(plan, step, tuning, budget - source.memory, memory=memory),
+        group_size=_group_size(plan, step, tuning, budget - source.memory, segments or {}, memory=memory),
         source=source.name,
         sources=source.others,
     )
@@ -65,11 +79,18 @@ def _resolve_compile(config: SweepConfig, tuning: Tuning | None, device: torch.d
     return "off"
 
 
-def _group_size(plan: SweepPlan, step: StepKind, tuning: Tuning | None, free: int, *, memory: str) -> int:
+def _group_size(
+    plan: SweepPlan, step: StepKind, tuning: Tuning | None, free: int, segments: Segments, *, memory: str
+) -> int:
     """The largest group that fits and is not slower than a smaller one, or the one asked for."""
     config, named = plan.config, memory != "auto"
-    pairs: list[Pair] = [
-        (plan.shapes[unit.sender_network], plan.shapes[unit.receiver_network], tuple(plan.geometries(unit)))
+    pairs = [
+        Pair(
+            plan.shapes[unit.sender_network],
+            plan.shapes[unit.receiver_network],
+            tuple(plan.geometries(unit)),
+            segments.get(unit.receiver_network),
+        )
         for unit in plan.units
     ]
     fits = _largest_group(config, pairs, step, free, named=named) if named or config.group_size == "auto" else 0
@@ -77,7 +98,7 @@ def _group_size(plan: SweepPlan, step: StepKind, tuning: Tuning | None, free: in
         # what was measured are steps through the receiver
         return fits if config.regresses else tuned_group_size(tuning, fits)
     group_size = int(config.group_size)
-    if named and min(group_size, max(len(cells) for _, _, cells in pairs)) > fits:
+    if named and min(group_size, max(len(pair.cells) for pair in pairs)) > fits:
         raise MemoryLimitError(
             f"{argument('group_size', group_size)}: {argument('memory', memory)} is enough for groups of {fits}; allow "
             f"more, or use {argument('group_size', 'auto')}"
@@ -89,7 +110,7 @@ def _largest_group(config: SweepConfig, pairs: list[Pair], step: StepKind, free:
     if config.solves:
         free -= max(
             matching_memory(sender, receiver, preconditioned=config.preconditions, rules=config.rules, cells=cells)
-            for sender, receiver, cells in pairs
+            for sender, receiver, cells, _ in pairs
         )
     needed = smallest_group_memory(pairs, step)
     if named and needed > free:

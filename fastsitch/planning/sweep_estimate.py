@@ -1,4 +1,4 @@
-"""What a sweep would take, from names alone: nothing is loaded, trained or written."""
+"""What a sweep would take: nothing is trained or written, and no network loaded but receivers that were added."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -13,11 +13,15 @@ from fastsitch.data.dataset_name import DatasetName
 from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
+from fastsitch.networks.checkpoint import load_network, namesake, read_record
+from fastsitch.networks.find_network import models_folder
 from fastsitch.networks.network_shape import NetworkShape, network_shape
 from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import group_memory, matching_memory, memory_budget, statistics_bytes
-from fastsitch.planning.resolve_auto import resolve, step_kind
+from fastsitch.planning.resolve_auto import Segments, resolve, step_kind
 from fastsitch.planning.source_choice import SourceChoice, SourceCosts, choose_source, source_costs
+from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.graph_segment import segment_costs, use_graphs
 from fastsitch.root import Root
 from fastsitch.runs.run_record import Resolved
 from fastsitch.runs.sweep_config import SweepConfig
@@ -126,7 +130,8 @@ def estimate_sweep(
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
     free_disk = free_space(root.disk)
     source = choose_source(config, costs, available=budget, free_disk=free_disk)
-    resolved = resolve(root.path, plan, source, torch_device, memory=memory, budget=budget)
+    segments = _segments(root, plan, dtype, torch_device)
+    resolved = resolve(root.path, plan, source, torch_device, memory=memory, budget=budget, segments=segments)
     units = _UnitEstimates(plan, networks, data, resolved).all()
     flops_rate = convolution_rate(torch_device, dtype)
     return SweepEstimate(
@@ -144,7 +149,7 @@ def estimate_sweep(
             for name, sender in costs.senders.items()
         ],
         flops_rate=flops_rate,
-        memory=source.memory + _step_memory(plan, resolved, torch_device),
+        memory=source.memory + _step_memory(plan, resolved, torch_device, segments),
         available=available_memory(torch_device),
         disk=_stores(costs, source) + sum(unit.results for unit in units),
         free_disk=free_disk,
@@ -159,7 +164,21 @@ def _stores(costs: SourceCosts, source: SourceChoice) -> int:
     return made + (costs.expected if source.name != "live" else 0)
 
 
-def _step_memory(plan: SweepPlan, resolved: Resolved, device: torch.device) -> int:
+def _segments(root: Root, plan: SweepPlan, dtype: torch.dtype, device: torch.device) -> Segments:
+    """What a step takes for the segments of receivers that are no small ResNets, where their weights are there."""
+    config = plan.config
+    if config.loss != "task" or config.receiver_bn != "frozen":
+        return {}
+    found = {}
+    for name in dict.fromkeys(unit.receiver_network for unit in plan.units):
+        folder = models_folder(root, config.dataset, name)
+        if not name.built_in and (namesake(folder, name) if name.random else read_record(folder, name)) is not None:
+            chain = load_network(folder, name).chain
+            found[name] = segment_costs(use_graphs(FrozenNetwork(chain, dtype=dtype, device=device), chain))
+    return found
+
+
+def _step_memory(plan: SweepPlan, resolved: Resolved, device: torch.device, segments: Segments) -> int:
     """Predicted bytes of the largest training step, with what matching holds beside it."""
     config = plan.config
     step = step_kind(config, device, resolved.precision, resolved.kernel, resolved.compile)
@@ -168,7 +187,8 @@ def _step_memory(plan: SweepPlan, resolved: Resolved, device: torch.device) -> i
         sender, receiver = plan.shapes[unit.sender_network], plan.shapes[unit.receiver_network]
         geometries = plan.geometries(unit)
         first = split_groups(plan.cells(unit), resolved.group_size)[0]
-        needed = group_memory([(cell.i, cell.j) for cell in first], sender, receiver, step)
+        costs = segments.get(unit.receiver_network)
+        needed = group_memory([(cell.i, cell.j) for cell in first], sender, receiver, step, costs)
         if config.solves:
             needed += matching_memory(
                 sender, receiver, preconditioned=config.preconditions, rules=config.rules, cells=geometries

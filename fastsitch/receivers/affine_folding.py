@@ -65,15 +65,21 @@ def _split_norm(frozen: FrozenGraph, node: fx.Node) -> None:
 def _as_one_product(frozen: FrozenGraph, node: fx.Node) -> None:
     """A batched product by a constant that is one matrix again and again, as torch computes some linear layers."""
     x, weight = cast(tuple[fx.Node, fx.Node], node.args)
-    if weight not in frozen.exact:
+    shape, result = frozen.specs[weight].shape, frozen.fixed_shape(node)
+    source = weight
+    while source.target in (aten.expand.default, *_VIEWS):
+        source = cast(fx.Node, source.args[0])
+    if source not in frozen.exact or result.count(-1) > 1:
         return
-    value, rows = frozen.exact[weight], frozen.specs[x].shape
-    if not torch.equal(value, value[:1].expand_as(value)):
+    value = frozen.exact[source]
+    if value.numel() == shape[1:].numel():
+        value = value.reshape(1, *shape[1:])
+    elif source is not weight or not torch.equal(value, value[:1].expand_as(value)):
         return
     matrix = frozen.constant(value[0].clone(), frozen.specs[weight].dtype)
-    flat = frozen.call(node, aten.reshape.default, x, [rows[0] * rows[1], rows[2]])
+    flat = frozen.call(node, aten.reshape.default, x, [-1, value.shape[1]])
     product = frozen.call(node, aten.mm.default, flat, matrix)
-    frozen.replace(node, frozen.call(node, aten.view.default, product, [rows[0], rows[1], value.shape[2]]))
+    frozen.replace(node, frozen.call(node, aten.view.default, product, result))
 
 
 def _vector(frozen: FrozenGraph, node: fx.Node) -> tuple[fx.Node, Tensor, int] | None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.graph_segment import GraphSegment
 from fastsitch.receivers.residual_block import FrozenBlock, MaskedBlock
 
 BACKEND = "inductor"
@@ -19,8 +20,11 @@ _MOST_GRAPHS = 64
 
 
 def compile_blocks(network: FrozenNetwork) -> FrozenNetwork:
-    """Let torch.compile generate the passes of all residual blocks of ``network``; other segments stay as they are."""
+    """Let torch.compile generate the passes of residual blocks and of graphs; other segments stay as they are."""
     network.micro_batch = micro_batch(network.device)
+    for segment in network.segments:
+        if isinstance(segment, GraphSegment):
+            segment.compile(_compiled)
     network.segments = [
         MaskedBlock(segment.weights, network.micro_batch, _compiled)
         if isinstance(segment, FrozenBlock | MaskedBlock)

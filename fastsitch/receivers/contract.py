@@ -1,6 +1,7 @@
 """What the engine asks of a receiver, of its segments and of its head."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,6 +11,18 @@ from fastsitch.chains.position import Position
 
 Saved = list[Tensor]
 """What a segment keeps between its forward and its backward pass."""
+
+
+@dataclass(frozen=True)
+class SegmentMemory:
+    """Bytes that a training step takes for a segment, beside the representations and the weights."""
+
+    kept: int
+    """Per image, between the forward and the backward pass."""
+    working: int
+    """Per image of a micro-batch, while one of the passes runs."""
+    images: int | None
+    """In a micro-batch; None: as many as pass through the segment."""
 
 
 class FrozenSegment(Protocol):

@@ -1,13 +1,16 @@
 """A frozen segment as a graph of tensor operations, with what does not depend on the images computed once."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastsitch.chains.same_values import same_bits
+from fastsitch.receivers.any_batch import TRACED, trace_any_batch
 
 aten = torch.ops.aten
 
@@ -24,16 +27,19 @@ _OF_SHAPES = (
 
 @dataclass
 class FrozenGraph:
-    """Operations from the images, ``x``, to one output; constants are the other placeholders.
+    """Operations from ``images``, their number, and ``x`` to one output; constants are the other placeholders.
 
-    ``exact`` are the values of the constants in the dtype that they are folded in, ``specs`` what every node gives:
-    a meta tensor, or several, in the dtype of the work.
+    ``exact`` are the values of the constants in the dtype that they are folded in, ``specs`` what every node gives for
+    two images: a meta tensor, or several, in the dtype of the work, or a number.
     """
 
     graph: fx.Graph
+    images: fx.Node
     x: fx.Node
     exact: dict[fx.Node, Tensor]
-    specs: dict[fx.Node, Any]
+    specs: dict[fx.Node, Any] = field(default_factory=dict)
+    traced: dict[fx.Node, tuple[Any, Any]] = field(default_factory=dict)
+    """What the nodes that were traced give for two and for three images, in the dtype of the trace."""
     _made: int = 0
 
     @property
@@ -55,12 +61,17 @@ class FrozenGraph:
         return [self.exact[node].to(self.specs[node].dtype) for node in self.constants()]
 
     def constants(self) -> list[fx.Node]:
-        return [node for node in self.graph.nodes if node.op == "placeholder" and node is not self.x]
+        return [node for node in self.graph.nodes if node.op == "placeholder" and node not in (self.images, self.x)]
+
+    def fixed_shape(self, node: fx.Node) -> list[int]:
+        """The shape of what a traced node gives, -1 where it grows with the images."""
+        few, more = self.traced[node]
+        return [size if size == other else -1 for size, other in zip(few.shape, more.shape, strict=True)]
 
     def drop_unused(self) -> None:
         """Remove operations and constants that nothing needs."""
         for node in reversed(list(self.graph.nodes)):
-            if node.op != "output" and node is not self.x and not node.users:
+            if node.op != "output" and node not in (self.images, self.x) and not node.users:
                 self.graph.erase_node(node)
                 self.exact.pop(node, None)
 
@@ -78,45 +89,63 @@ class FrozenGraph:
 
 
 def trace_frozen(working: nn.Module, exact: nn.Module, x: Tensor) -> FrozenGraph:
-    """The graph of a frozen module for as many images as ``x`` has.
+    """The graph of a frozen module for any number of images; ``x`` are three or more, in rows one after another.
 
     ``working`` and ``exact`` are the same module in the dtypes of the work and of folding. What fails to be traced
     raises whatever it raises.
     """
     tensors = dict(_tensors(working))
     names = list(tensors)
+    kept: list[fx.GraphModule] = []
 
     def run(values: list[Tensor], x: Tensor) -> Tensor:
         return cast(Tensor, torch.func.functional_call(working, dict(zip(names, values, strict=True)), (x,)))
 
-    with torch.no_grad():
-        traced = make_fx(torch.func.functionalize(run, remove="mutations"))([*tensors.values()], x)
-    # without what packs its arguments
-    graph = fx.Graph()
-    output = graph.graph_copy(traced.graph, {})
-    graph.output(output[0] if isinstance(output, list | tuple) else output)
-    *weights, image = [node for node in graph.nodes if node.op == "placeholder"]
+    def trace(images: int) -> fx.Graph:
+        with torch.no_grad():
+            traced = make_fx(torch.func.functionalize(run, remove="mutations"))([*tensors.values()], x[:images])
+        kept.append(traced)
+        # without what packs its arguments
+        graph = fx.Graph()
+        output = graph.graph_copy(traced.graph, {})
+        graph.output(output[0] if isinstance(output, list | tuple) else output)
+        return graph
+
+    joined = trace_any_batch(trace)
+    graph = joined.graph
+    images, *weights, image = [node for node in graph.nodes if node.op == "placeholder"]
     precise = dict(_tensors(exact))
-    frozen = FrozenGraph(graph, image, {node: precise[name] for node, name in zip(weights, names, strict=True)}, {})
+    frozen = FrozenGraph(graph, images, image, {node: precise[name] for node, name in zip(weights, names, strict=True)})
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        value = getattr(traced, str(node.target)).detach()
+        value, other = (getattr(traced, str(node.target)).detach() for traced in kept)
+        if not same_bits(value, other):
+            raise NotImplementedError("a constant depends on the number of images")
         constant = frozen.constant(value, value.dtype)
         node.replace_all_uses_with(constant)
         graph.erase_node(node)
-    _compute_constants(frozen, x)
+    frozen.traced |= joined.specs
+    _compute_constants(frozen, x[: TRACED[0]], {node for node, specs in joined.specs.items() if _differ(*specs)})
     return frozen
+
+
+def _differ(few: Any, more: Any) -> bool:
+    return [each.shape for each in tree_leaves(few) if isinstance(each, Tensor)] != [
+        each.shape for each in tree_leaves(more) if isinstance(each, Tensor)
+    ]
 
 
 def _tensors(module: nn.Module) -> Mapping[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
-def _compute_constants(frozen: FrozenGraph, x: Tensor) -> None:
-    """Fill ``specs``; what depends on constants alone becomes one."""
+def _compute_constants(frozen: FrozenGraph, x: Tensor, of_images: set[fx.Node]) -> None:
+    """Fill ``specs``; what depends on constants alone becomes one, but for ``of_images``, of which each has its own."""
     results: dict[fx.Node, Any] = {}
     exact = next((value.dtype for value in frozen.exact.values() if value.is_floating_point()), x.dtype)
     for node in list(frozen.graph.nodes):
-        if node is frozen.x:
+        if node is frozen.images:
+            frozen.specs[node] = len(x)
+        elif node is frozen.x:
             frozen.specs[node] = _meta(x)
         elif node.op == "placeholder":
             results[node] = frozen.exact[node]
@@ -128,6 +157,8 @@ def _compute_constants(frozen: FrozenGraph, x: Tensor) -> None:
         elif node.op == "call_function":
             given = tree_map_only(fx.Node, frozen.specs.__getitem__, (node.args, dict(node.kwargs)))
             frozen.specs[node] = _on_meta(node.target, *given)
+            if node in of_images:
+                continue
             if node.target in _OF_SHAPES:
                 like = frozen.specs[node.all_input_nodes[0]]
                 nothing = torch.empty((), dtype=exact if like.is_floating_point() else like.dtype, device=x.device)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fastsitch.chains.module_copies import copy_modules
 from fastsitch.networks.resnet import BasicBlock, Classifier, Stem
-from fastsitch.receivers.contract import FrozenHead, FrozenSegment, Saved
+from fastsitch.receivers.contract import FrozenHead, FrozenSegment, Saved, SegmentMemory
 from fastsitch.receivers.convolution import accumulation_dtype, convolve, folded, input_gradient
 from fastsitch.receivers.relu_mask import apply_mask, mask_bytes, pack_mask
 from fastsitch.receivers.residual_block import FrozenBlock, micro_batches, write_gradient
@@ -45,7 +45,7 @@ class _FrozenStem:
             write_gradient(x[chunk], input_gradient(masked, x[chunk], self.weight, 1), rectified - chunk.start)
 
 
-class _AutogradSegment:
+class AutogradSegment:
     """Any other segment: a frozen copy, differentiated by autograd."""
 
     rectifies = False
@@ -53,6 +53,23 @@ class _AutogradSegment:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.module = frozen_copy(module, dtype, device)
+        self.cost = SegmentMemory(0, 0, None)
+
+    def note_cost(self, x: Tensor, out: Tensor) -> None:
+        """Measure what autograd keeps for the images in x; the way back is taken for twice what it reads and gives."""
+        held = {tensor.untyped_storage().data_ptr() for tensor in (*self.module.state_dict().values(), x)}
+        kept: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in held:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        saved: Saved = []
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            self.forward(x, torch.empty_like(out), saved, len(x))
+        self.cost = SegmentMemory(sum(kept.values()) // len(x), 2 * (x.nbytes + out.nbytes) // len(x), None)
 
     def infer(self, x: Tensor, out: Tensor, samples: int) -> None:
         with torch.no_grad():
@@ -90,10 +107,11 @@ class _FrozenClassifier:
         write_gradient(x, pooled.to(x.dtype)[:, :, None, None].expand_as(x), rectified)
 
 
-class _AutogradHead:
+class AutogradHead:
     def __init__(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = accumulation_dtype(dtype)
         self.module = frozen_copy(module, dtype, device)
+        self.cost = SegmentMemory(0, 0, None)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -121,11 +139,9 @@ def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device)
         return _FrozenStem(segment, dtype, device)
     if isinstance(segment, BasicBlock):
         return FrozenBlock(segment, dtype, device)
-    return _AutogradSegment(segment, dtype, device)
+    return AutogradSegment(segment, dtype, device)
 
 
 def freeze_head(head: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenHead:
     """A frozen head."""
-    return (
-        _FrozenClassifier(head, dtype, device) if isinstance(head, Classifier) else _AutogradHead(head, dtype, device)
-    )
+    return _FrozenClassifier(head, dtype, device) if isinstance(head, Classifier) else AutogradHead(head, dtype, device)

@@ -7,10 +7,12 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes.shape_prop import TensorMetadata
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastsitch.receivers.any_batch import AnyBatch, trace_any_batch, zeros_like
 from fastsitch.receivers.frozen_graph import FrozenGraph
+from fastsitch.receivers.gradient_sums import stack_selected
+from fastsitch.receivers.graph_memory import SPEC, bytes_per_image, is_view, working_bytes
 
 aten = torch.ops.aten
 
@@ -37,13 +39,18 @@ _NEVER_TWICE = (
 )
 """Operations that take too long to be run again on the way back."""
 
+_AGAIN = 0.1
+"""What it costs to run a cheap operation again, over what it costs to keep its result."""
+
 
 @dataclass(frozen=True)
 class GraphHalves:
-    """Programs for a fixed number of images.
+    """Programs for any number of images.
 
-    ``infer(*constants, x)`` gives the output, ``forward`` the same and a tuple of what is kept, ``backward(*constants,
-    x, *kept, g)`` the gradient of x. With ``rectifies``, g is that of the input of the ReLU which the graph ends in.
+    ``infer(images, *constants, x)`` gives the output, ``forward`` the same and a tuple of what is kept,
+    ``backward(images, *constants, x, *kept, g)`` the gradient of x. With ``rectifies`` the output is that before the
+    ReLU which the graph ends in, and g is its gradient. ``kept_bytes`` and ``largest_bytes``, of the largest value, are
+    those of one image, like ``working_bytes``, which a run of either holds beside what is kept.
     """
 
     infer: fx.GraphModule
@@ -51,60 +58,65 @@ class GraphHalves:
     backward: fx.GraphModule
     rectifies: bool
     kept_bytes: int
+    largest_bytes: int
+    working_bytes: int
 
 
 def halve(frozen: FrozenGraph, device: torch.device) -> GraphHalves:
     """Both programs of a graph; what cannot be differentiated raises whatever it raises."""
-    infer = fx.GraphModule({}, frozen.graph)
     last = frozen.output
     rectifies = last.target is aten.relu.default
-    joint = _joint(frozen, last.args[0] if rectifies else last, device)
-    graph, constants, x, g, (y, g_x) = joint
-    specs = {node: _spec(node.meta["tensor_meta"]) for node in graph.nodes if "tensor_meta" in node.meta}
+    end = cast(fx.Node, last.args[0]) if rectifies else last
+    constants = frozen.constants()
+    infer = _extract(frozen.graph, [frozen.images, *constants, frozen.x], end)
+    joint = trace_any_batch(lambda images: _joint(frozen, infer, images, device))
+    graph = joint.graph
+    images, *constants, x, g = [node for node in graph.nodes if node.op == "placeholder"]
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    y, g_x = cast(tuple[fx.Node, fx.Node], output.args[0])
+    specs = {node: few for node, (few, _) in joint.specs.items()}
+    for node, both in joint.specs.items():
+        node.meta[SPEC] = both
     behind = _reached_from([g])
-    _forget_shapes(graph, specs, behind, device)
+    _forget_shapes(joint, specs, behind, device)
+    stack_selected(graph)
     graph.eliminate_dead_code()
     kept = _kept(graph, constants, x, behind, specs)
-    forward = _extract(graph, [*constants, x], (y, tuple(kept)))
-    backward = _extract(graph, [*constants, x, *kept, g], g_x)
-    return GraphHalves(infer, forward, backward, rectifies, sum(_bytes(specs[node]) for node in kept))
+    forward = _extract(graph, [images, *constants, x], (y, tuple(kept)))
+    backward = _extract(graph, [images, *constants, x, *kept, g], g_x)
+    kept_bytes = sum(bytes_per_image(joint.specs[node]) for node in kept)
+    return GraphHalves(
+        infer,
+        forward,
+        backward,
+        rectifies,
+        kept_bytes,
+        max(map(bytes_per_image, joint.specs.values())),
+        max(working_bytes(forward) - kept_bytes, working_bytes(backward)),
+    )
 
 
-def _joint(
-    frozen: FrozenGraph, end: Any, device: torch.device
-) -> tuple[fx.Graph, list[fx.Node], fx.Node, fx.Node, tuple[fx.Node, fx.Node]]:
-    both = fx.Graph()
-    mapped: dict[fx.Node, fx.Node] = {}
-    output = both.graph_copy(frozen.graph, mapped)
-    both.output((output, mapped[end]))
-    program = fx.GraphModule({}, both)
+def _joint(frozen: FrozenGraph, program: fx.GraphModule, images: int, device: torch.device) -> fx.Graph:
+    """From constants, x and g to the output and the gradient of x, for a number of images."""
 
     def run(constants: list[Tensor], x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-        def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
-            y, before = program(*constants, x)
-            return before, y
-
-        _, gradient, y = cast(Any, torch.func.vjp(outputs, x, has_aux=True))
+        y, gradient = cast(Any, torch.func.vjp(lambda x: program(images, *constants, x), x))
         return y, gradient(g)[0]
 
-    def empty(node: fx.Node) -> Tensor:
-        spec = frozen.specs[node]
-        return torch.empty_strided(spec.shape, spec.stride(), dtype=spec.dtype, device=device)
-
-    # on real tensors, whose strides are those of the work
-    given = [empty(node) for node in frozen.constants()], empty(frozen.x), empty(end)
-    traced = make_fx(torch.func.functionalize(run, remove="mutations"))(*given)
+    # on real tensors, whose strides are those of the work; zeros, since some are indices
+    constants = [torch.zeros_like(frozen.specs[node], device=device) for node in frozen.constants()]
+    x = zeros_like(frozen.specs[frozen.x], images, device)
+    with torch.no_grad():
+        g = torch.zeros_like(program(images, *constants, x))
+    traced = make_fx(torch.func.functionalize(run, remove="mutations"))(constants, x, g)
     graph = fx.Graph()
-    y, g_x = cast(Any, graph.graph_copy(traced.graph, {}))
-    graph.output((y, g_x))
+    graph.output(graph.graph_copy(traced.graph, {}))
     for node in graph.nodes:
         if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
             raise NotImplementedError(f"{node.target} changes a tensor in place")
         if node.target in (aten.detach.default, aten.alias.default):
             node.replace_all_uses_with(node.args[0])
-    (last,) = (node for node in graph.nodes if node.op == "output")
-    *constants, x, g = [node for node in graph.nodes if node.op == "placeholder"]
-    return graph, constants, x, g, cast(tuple[fx.Node, fx.Node], last.args[0])
+    return graph
 
 
 def _reached_from(starts: list[fx.Node]) -> set[fx.Node]:
@@ -118,18 +130,19 @@ def _reached_from(starts: list[fx.Node]) -> set[fx.Node]:
     return reached
 
 
-def _forget_shapes(graph: fx.Graph, specs: dict[fx.Node, Any], behind: set[fx.Node], device: torch.device) -> None:
+def _forget_shapes(joint: AnyBatch, specs: dict[fx.Node, Any], behind: set[fx.Node], device: torch.device) -> None:
     """Give gradients that take the shape of a value alone an empty tensor instead of it."""
+    graph = joint.graph
     for node in list(graph.nodes):
         place = _SHAPE_ONLY.get(node.target)
         if place is None or (node.target is aten.convolution_backward.default and any(node.args[-1][1:])):
             continue
         like = specs[node.args[place]]
+        sizes = joint.sizes(node.args[place])
         with graph.inserting_before(node):
-            empty = graph.call_function(
-                aten.empty_strided.default, (tuple(like.shape), like.stride()), {"dtype": like.dtype, "device": device}
-            )
+            empty = graph.call_function(aten.empty_strided.default, sizes, {"dtype": like.dtype, "device": device})
         specs[empty] = like
+        # nothing is written into it, and memory that is not written takes none
         behind.add(empty)
         node.args = tuple(empty if index == place else argument for index, argument in enumerate(node.args))
 
@@ -137,9 +150,10 @@ def _forget_shapes(graph: fx.Graph, specs: dict[fx.Node, Any], behind: set[fx.No
 def _kept(
     graph: fx.Graph, constants: list[fx.Node], x: fx.Node, behind: set[fx.Node], specs: dict[fx.Node, Any]
 ) -> list[fx.Node]:
-    """The values of least size from which the way back can be computed, together with x: a minimum cut.
+    """The values from which the way back can be computed, together with x, at the least cost: a minimum cut.
 
-    Among cuts of one size the one that leaves the least to be run again.
+    What is kept costs its size, what is run again a share of that. Among cuts of one cost the one that leaves the least
+    to be run again.
     """
     ahead = [node for node in graph.nodes if node not in behind and node.op == "call_function"]
     from_images = _reached_from([x])
@@ -156,6 +170,9 @@ def _kept(
         if node.target in _NEVER_TWICE:
             network.add_edge((node, "in"), "end")
         else:
+            if not is_view(node):
+                made = _bytes(value) if value is not None else sum(_bytes(specs.get(user)) for user in node.users)
+                network.add_edge((node, "in"), "end", capacity=_AGAIN * made)
             for parent in node.all_input_nodes:
                 if parent is not x and parent not in constants and parent in from_images:
                     network.add_edge((node, "in"), (parent, "out"))
@@ -163,13 +180,6 @@ def _kept(
         return []
     _, (near, _) = nx.minimum_cut(network, "start", "end")
     return [node for node in ahead if (node, "out") in near and (node, "in") not in near]
-
-
-def _spec(found: Any) -> Any:
-    """Meta tensors in the place of what the tracer recorded of tensors."""
-    if isinstance(found, TensorMetadata):
-        return torch.empty_strided(found.shape, found.stride, dtype=found.dtype, device="meta")
-    return [_spec(each) for each in found] if isinstance(found, list | tuple) else None
 
 
 def _bytes(value: Any) -> int:

@@ -20,6 +20,7 @@ from fastsitch.receivers.batch_statistics_network import BatchStatisticsNetwork
 from fastsitch.receivers.compiled_blocks import compile_blocks
 from fastsitch.receivers.contract import Receiver
 from fastsitch.receivers.frozen_network import FrozenNetwork
+from fastsitch.receivers.graph_segment import use_graphs
 from fastsitch.root import Root
 from fastsitch.runs.continue_run import require_same_data
 from fastsitch.runs.run import Run
@@ -37,6 +38,7 @@ class Networks:
         self._root = root
         self._run = run
         self._loaded: dict[NetworkName, Network] = {}
+        self._frozen: dict[tuple[NetworkName, torch.dtype, torch.device], FrozenNetwork] = {}
 
     def load(self, name: NetworkName) -> Network:
         """A network in memory; raises NetworkError, or RunError where it is not what the run began with."""
@@ -48,6 +50,14 @@ class Networks:
             self._require_same(name, network)
             self._loaded[name] = network
         return self._loaded[name]
+
+    def receiver(self, name: NetworkName, dtype: torch.dtype, device: torch.device) -> FrozenNetwork:
+        """A network that gradients pass through, its segments as graphs; made once."""
+        key = (name, dtype, device)
+        if key not in self._frozen:
+            chain = self.load(name).chain
+            self._frozen[key] = use_graphs(FrozenNetwork(chain, dtype=dtype, device=device), chain)
+        return self._frozen[key]
 
     def _other_test_images(self, network: Network) -> bool:
         """Whether the recorded accuracy is, or may be, on other images than the test images at hand."""
@@ -132,15 +142,21 @@ class Workbench:
     def receiver(self, name: NetworkName) -> Receiver:
         """A network as the run's stitches see it when they are trained; made once."""
         if name not in self._receivers:
-            chain = self.networks.load(name).chain
-            self._receivers[name] = (
-                BatchStatisticsNetwork(chain, dtype=self.dtype, device=self.device)
-                if self.run.config.receiver_bn == "batch"
-                else self.freeze(chain)
-            )
+            self._receivers[name] = self._receiver(name)
         return self._receivers[name]
 
+    def _receiver(self, name: NetworkName) -> Receiver:
+        config = self.run.config
+        if config.receiver_bn == "frozen" and config.loss == "task":
+            return self._compiled(self.networks.receiver(name, self.dtype, self.device))
+        chain = self.networks.load(name).chain
+        if config.receiver_bn == "frozen":
+            return self._compiled(FrozenNetwork(chain, dtype=self.dtype, device=self.device))
+        return BatchStatisticsNetwork(chain, dtype=self.dtype, device=self.device)
+
     def freeze(self, chain: Chain) -> FrozenNetwork:
-        """A chain in the run's precision, compiled where the run is."""
-        network = FrozenNetwork(chain, dtype=self.dtype, device=self.device)
+        """A chain in the run's precision, that gradients pass through; compiled where the run is."""
+        return self._compiled(use_graphs(FrozenNetwork(chain, dtype=self.dtype, device=self.device), chain))
+
+    def _compiled(self, network: FrozenNetwork) -> FrozenNetwork:
         return compile_blocks(network) if self.run.resolved.compile == "on" else network
