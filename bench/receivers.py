@@ -1,7 +1,7 @@
 """Receivers as graphs beside the same receivers through autograd: what they keep, and how long a pass and back takes.
 
     python bench/receivers.py [--networks resnet18,vit,...] [--images 64] [--repeats 5] [--precision auto]
-        [--json FILE] [--page FILE]
+        [--json FILE]
 
 Random weights, images of 64 pixels (32 for the ViT). A pass is that of the stitches into position 0, in micro-batches,
 and back; both ways alternate. Kept are bytes per image between the two, beside representations and weights.
@@ -44,8 +44,9 @@ def build(name: str) -> Chain:
     torch.manual_seed(0)
     side = 32 if name == "vit" else 64
     if name == "vit":
+        # that of docs/families/vit.py
         model: nn.Module = models.VisionTransformer(
-            image_size=32, patch_size=4, num_layers=6, num_heads=4, hidden_dim=128, mlp_dim=256, num_classes=10
+            image_size=32, patch_size=4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10
         )
     else:
         model = models.get_model(name, num_classes=10)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.chains.chain import Chain
+from fastsitch.receivers import compiled_blocks
 from fastsitch.receivers.compiled_blocks import compile_blocks
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.frozen_segments import AutogradSegment
@@ -157,3 +158,26 @@ def test_compiled_graphs_give_the_same() -> None:
     compile_blocks(graphs)
     for expected, found in zip(passed(plain, [1, 0, 1], 70), passed(graphs, [1, 0, 1], 70), strict=True):
         assert (found - expected).norm() <= 1e-5 * expected.norm()
+
+
+@torch.no_grad()
+def test_what_cannot_be_compiled_runs_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ValueError("no such operation here")
+
+    monkeypatch.setattr(compiled_blocks, "BACKEND", refuse)
+    monkeypatch.setattr(compiled_blocks, "_cache", {})
+    torch.manual_seed(0)
+    chain = Chain.from_segments(
+        [nn.Conv2d(3, 4, 3), nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.ELU())],
+        ["first", "second"],
+        nn.Sequential(nn.Flatten(), nn.Linear(4 * 6 * 6, 5)),
+        torch.zeros(1, 3, 8, 8),
+    ).eval()
+    plain, graphs = both(chain, torch.float32)
+    compile_blocks(graphs)
+    for expected, found in zip(passed(plain, [1, 0], 70), passed(graphs, [1, 0], 70), strict=True):
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert any("no such operation here" in record.message for record in caplog.records)

@@ -4,14 +4,18 @@ Weights are arguments, and images come in micro-batches of a fixed number, so th
 of stitches makes another graph.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from fastsitch.chains.trace import first_line
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.graph_segment import GraphSegment
 from fastsitch.receivers.residual_block import FrozenBlock, MaskedBlock
+
+log = logging.getLogger(__name__)
 
 BACKEND = "inductor"
 
@@ -24,7 +28,7 @@ def compile_blocks(network: FrozenNetwork) -> FrozenNetwork:
     network.micro_batch = micro_batch(network.device)
     for segment in network.segments:
         if isinstance(segment, GraphSegment):
-            segment.compile(_compiled)
+            segment.compile(_compiled_where_possible)
     network.segments = [
         MaskedBlock(segment.weights, network.micro_batch, _compiled)
         if isinstance(segment, FrozenBlock | MaskedBlock)
@@ -40,6 +44,23 @@ def micro_batch(device: torch.device) -> int:
     The last one of a batch is computed whole, however few samples are left in it.
     """
     return 1024 if device.type == "cuda" else 256
+
+
+def _compiled_where_possible(program: Callable[..., Any]) -> Callable[..., Any]:
+    """A program of any network, compiled when it first runs; as it is, with a line in the log, where that fails."""
+    chosen = _compiled(program)
+
+    def run(*arguments: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*arguments)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = first_line(getattr(error, "inner_exception", error))
+            log.warning("a graph of the receiver runs without torch.compile: %s", reason)
+            chosen = program
+            return chosen(*arguments)
+
+    return run
 
 
 _cache: dict[Callable[..., Any], Callable[..., Any]] = {}
