@@ -77,7 +77,7 @@ class InputStitchTrainer:
             rules=config.rules,
         )
         matched = self._match(unit, cells, moments)
-        size = self._group_size(cells, source.shapes, receiver)
+        size = self._group_size(cells, source.shapes, receiver, built_in=unit.receiver_network.built_in)
         training = work.train(matched if config.init == "matched" else None)
         vanilla, size = train_in_groups(cells, size, training, report)
         fitted, _ = train_in_groups(cells, size, work.evaluate(matched))
@@ -98,7 +98,9 @@ class InputStitchTrainer:
             self._receivers[name] = self._workbench.freeze(self._workbench.networks.load(name).chain.with_input())
         return self._receivers[name]
 
-    def _group_size(self, asked: Sequence[Cell], sender: Sequence[Shape], network: FrozenNetwork) -> int:
+    def _group_size(
+        self, asked: Sequence[Cell], sender: Sequence[Shape], network: FrozenNetwork, *, built_in: bool
+    ) -> int:
         """The most stitches into the input whose training fits into memory together; at least 1."""
         resolved, config = self._run.resolved, self._run.config
         # whatever the run's own stitches are trained on, these pass through a frozen receiver
@@ -112,7 +114,7 @@ class InputStitchTrainer:
         )
         cells = [(cell.i, cell.j) for cell in asked]
         receiver = [position.rows for position in network.positions]
-        segments = None if asked[0].unit.receiver_network.built_in else segment_costs(network)
+        segments = None if built_in else segment_costs(network)
         free = self._free - matching_memory(
             sender, receiver, preconditioned=config.preconditions, rules=config.rules, cells=cells
         )
