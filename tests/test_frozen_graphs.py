@@ -10,6 +10,7 @@ from torchvision import models
 from fastsitch.chains.chain import Chain
 from fastsitch.receivers.affine_folding import fold_affine
 from fastsitch.receivers.frozen_graph import FrozenGraph, trace_frozen
+from fastsitch.receivers.frozen_segments import AutogradSegment
 from fastsitch.receivers.graph_halves import GraphHalves, halve
 from tests.test_cut import randomised
 
@@ -21,22 +22,6 @@ def frozen(module: nn.Module, x: Tensor) -> tuple[FrozenGraph, GraphHalves]:
     graph = trace_frozen(module, module, x)
     fold_affine(graph)
     return graph, halve(graph, CPU)
-
-
-def kept_by_autograd(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
-    """Bytes beside weights and the input that autograd keeps, and the output."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*module.state_dict().values(), x)}
-    found: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            found[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        y = module(x)
-    return sum(found.values()), y
 
 
 def network(name: str) -> nn.Module:
@@ -77,7 +62,9 @@ def test_values_and_gradients_are_those_of_autograd(name: str, most_kept: float)
         graph, halves = frozen(segment, x)
         constants = graph.values()
         given = x.clone().requires_grad_()
-        autograd, expected = kept_by_autograd(segment, given)
+        expected = segment(given)
+        autograd = AutogradSegment(segment, torch.float64, CPU)
+        autograd.note_cost(x, expected.detach())
         g = torch.randn_like(expected)
         (wanted,) = torch.autograd.grad(expected, given, g)
         with torch.no_grad():
@@ -90,7 +77,7 @@ def test_values_and_gradients_are_those_of_autograd(name: str, most_kept: float)
         assert (found - wanted).norm() <= 1e-12 * wanted.norm()
         assert IMAGES * halves.kept_bytes == sum(tensor.nbytes for tensor in between)
         if segment is not chain.segments[0]:
-            kept, keeps = kept + IMAGES * halves.kept_bytes, keeps + autograd
+            kept, keeps = kept + IMAGES * halves.kept_bytes, keeps + IMAGES * autograd.cost.kept
         x = expected.detach()
     assert kept <= most_kept * keeps
     assert all(torch.equal(tensor, before[key]) for key, tensor in chain.state_dict().items())

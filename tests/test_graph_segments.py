@@ -105,6 +105,21 @@ def test_equal_blocks_are_one_program() -> None:
     assert [segment._halves for segment in others.segments[1:]] == [segment._halves for segment in graphs.segments[1:]]
 
 
+@torch.no_grad()
+def test_a_head_that_ends_in_a_relu_passes_no_gradient_where_it_is_zero() -> None:
+    torch.manual_seed(0)
+    chain = Chain.from_segments(
+        [nn.Conv2d(3, 4, 3)],
+        ["first"],
+        nn.Sequential(nn.Flatten(), nn.Linear(4 * 6 * 6, 5), nn.ReLU()),
+        torch.zeros(1, 3, 8, 8),
+    )
+    plain, graphs = both(chain.double().eval())
+    (logits, wanted), (_, found) = passed(plain, [1], 9), passed(graphs, [1], 9)
+    assert (logits == 0).any()
+    assert (found - wanted).norm() <= 1e-12 * wanted.norm()
+
+
 class OfTheBatch(nn.Module):
     """Gives every image the same in any batch, in a way that counts its images squared."""
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from fastsitch.data import SIZES, DatasetSize, dataset_size
 from fastsitch.data.dataset_name import DatasetName
+from fastsitch.errors import argument
 from fastsitch.files import free_space
 from fastsitch.machine import DTYPES, available_memory, resolve_device, resolve_precision
 from fastsitch.network_names import NetworkName
@@ -20,8 +21,8 @@ from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.group_memory import group_memory, matching_memory, memory_budget, statistics_bytes
 from fastsitch.planning.resolve_auto import Segments, resolve, step_kind
 from fastsitch.planning.source_choice import SourceChoice, SourceCosts, choose_source, source_costs
-from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.graph_segment import segment_costs, use_graphs
+from fastsitch.receivers.working_precision import working_network
 from fastsitch.root import Root
 from fastsitch.runs.run_record import Resolved
 from fastsitch.runs.sweep_config import SweepConfig
@@ -174,7 +175,9 @@ def _segments(root: Root, plan: SweepPlan, dtype: torch.dtype, device: torch.dev
         folder = models_folder(root, config.dataset, name)
         if not name.built_in and (namesake(folder, name) if name.random else read_record(folder, name)) is not None:
             chain = load_network(folder, name).chain
-            found[name] = segment_costs(use_graphs(FrozenNetwork(chain, dtype=dtype, device=device), chain))
+            remedy = f"use {argument('precision', 'fp32')}"
+            network = working_network(chain, str(name), remedy, dtype=dtype, device=device)
+            found[name] = segment_costs(use_graphs(network, chain))
     return found
 
 

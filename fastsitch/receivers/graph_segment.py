@@ -80,11 +80,12 @@ class GraphSegment:
             write_gradient(x[chunk], g_x, rectified - chunk.start)
 
     def backward_again(self, g: Tensor, x: Tensor, rectified: int) -> None:
-        """The same for a forward pass that kept nothing, which is run again."""
+        """The same for a forward pass that kept nothing, which is run again; g is the gradient of the output itself."""
         for chunk in self._micro_batches(len(x)):
             images = chunk.stop - chunk.start
-            _, kept = self._forward(images, *self._constants, x[chunk])
-            g_x = self._backward(images, *self._constants, x[chunk], *kept, g[chunk])
+            y, kept = self._forward(images, *self._constants, x[chunk])
+            arriving = torch.ops.aten.threshold_backward(g[chunk], y, 0) if self.rectifies else g[chunk]
+            g_x = self._backward(images, *self._constants, x[chunk], *kept, arriving)
             write_gradient(x[chunk], g_x, rectified - chunk.start)
 
     def _micro_batches(self, samples: int) -> Iterator[slice]:
