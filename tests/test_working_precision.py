@@ -155,3 +155,19 @@ def test_a_sweep_is_refused_before_any_store_and_says_what_works(few: str, tmp_p
     assert run_cli("precompute", "net", "--dtype", "fp32", *where).returncode == 0
     assert run_cli(*out_of).returncode == 0
     assert run_cli(*into, "--precision", "fp32").returncode == 0
+
+
+def test_a_dry_run_refuses_what_the_sweep_refuses(few: str, tmp_path: Path, run_cli: Command) -> None:
+    (tmp_path / "nets.py").write_text(FACTORY)
+    where = ["--dataset", few, "--root", tmp_path / "root"]
+    add = ["add", "net", "--from", f"{tmp_path}/nets.py:fourier", "--positions", "first,second"]
+    assert run_cli(*add, *where).returncode == 0
+    assert run_cli("train", "net", "R1111", "--width", "4", "--epochs", "1", *where).returncode == 0
+    line = ["sweep", "--senders", "R1111", "--receivers", "net", "--batch-size", "32", "--epochs", "1", *where]
+    ended = run_cli(*line, "--dry-run", "--precision", "bf16")
+    assert ended.returncode == 2
+    assert "net does not work in bf16 at position second" in ended.stderr
+    assert "use --precision fp32" in ended.stderr
+    for dry in (["--dry-run"], []):
+        ended = run_cli(*line, "--precision", "fp32", *dry)
+        assert ended.returncode == 0, ended.stderr
