@@ -111,6 +111,8 @@ def _run(
         os.close(descriptor)
     os.environ.clear()
     os.environ.update(environment)
+    # tests that a shell runs in the background are told to ignore it, and so are their children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # what was imported before may have asked for it
     tempfile.tempdir = None
     os.chdir(cwd)
