@@ -28,7 +28,7 @@ import fastsitch
 from fastsitch.activations.image_order import ImageOrder
 from fastsitch.activations.resident_source import ResidentSource
 from fastsitch.activations.store import ActivationStore
-from fastsitch.benchmark.bench_pair import make_bench_pair
+from fastsitch.benchmark.bench_pair import BenchNetworks, make_bench_pair
 from fastsitch.benchmark.timed_engine import Engine
 from fastsitch.cli.bench_text import sections
 from fastsitch.kernels.cuda_graph import record
@@ -232,8 +232,7 @@ def micro_batches(root: Path) -> dict[str, Any]:
     for images in (2048, 1024, 512, 256):
         with patch("fastsitch.receivers.compiled_blocks.micro_batch", lambda device, images=images: images):
             pair = make_bench_pair(
-                "R1111",
-                "R1111",
+                BenchNetworks("R1111", "R1111"),
                 width=64,
                 batch_size=256,
                 images=2048,

@@ -1,10 +1,13 @@
-"""Receivers as graphs beside the same receivers through autograd: what they keep, and how long a pass and back takes.
+"""Receivers as graphs beside the same receivers through autograd: what they keep, how long they take, the memory.
 
     python bench/receivers.py [--networks resnet18,vit,...] [--images 64] [--repeats 5] [--precision auto]
         [--json FILE]
 
 Random weights, images of 64 pixels (32 for the ViT). A pass is that of the stitches into position 0, in micro-batches,
-and back; both ways alternate. Kept are bytes per image between the two, beside representations and weights.
+and back; both ways alternate. Kept are bytes per image between the two, beside representations and weights. A step
+trains one stitch per position of the network (into itself) on half of the images: of the engine, and of the plain
+cascade through autograd, which has the same stitches; they alternate. Its memory is predicted from shapes alone, and
+measured as the growth of the process.
 """
 
 import argparse
@@ -20,10 +23,17 @@ from torch import Tensor, nn
 from torchvision import models
 
 from fastsitch import Chain
+from fastsitch.benchmark.agreement import across
+from fastsitch.benchmark.bench_pair import Images, pair_of
+from fastsitch.benchmark.group_sizes import measured_memory, predicted_memory
+from fastsitch.benchmark.plain_cascade import PlainCascade
+from fastsitch.benchmark.timed_engine import Engine
 from fastsitch.machine import DTYPES, resolve_precision
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.graph_segment import GraphSegment, use_graphs
 from fastsitch.stitching.cascade import Cascade
+from fastsitch.stitching.cells import Unit
+from fastsitch.stitching.geometry import Rules
 
 CPU = torch.device("cpu")
 NETWORKS = (
@@ -126,6 +136,38 @@ def measure(name: str, dtype: torch.dtype, images: int, repeats: int) -> dict[st
         "seconds": times,
         "time ratio": medians["graph"] / medians["autograd"],
         "errors": errors(chain, dtype),
+        **step(name, chain, dtype, images // 2, repeats),
+    }
+
+
+def step(name: str, chain: Chain, dtype: torch.dtype, images: int, repeats: int) -> dict[str, Any]:
+    """A training step of one stitch per position by the engine and by the plain cascade, and its memory."""
+    generator = torch.Generator().manual_seed(0)
+    given = Images(
+        torch.randn(2 * images, *chain.input_shape, generator=generator).contiguous(memory_format=torch.channels_last),
+        torch.randint(0, 10, (2 * images,), generator=generator),
+    )
+    unit = Unit(sender=name, receiver=name, setting="T2T", loss="task", seed=0)
+    rules = Rules(resample="area")
+    pair = pair_of(chain, chain, given, given, unit, batch_size=images, dtype=dtype, device=CPU, rules=rules)
+    cells = across(pair)
+    trainers = {"engine": Engine(pair, cells), "plain cascade": PlainCascade(pair, cells)}
+    batches = pair.batches(1)
+    times: dict[str, list[float]] = {way: [] for way in trainers}
+    for repeat in range(repeats + 1):
+        for way, trainer in trainers.items():
+            found = seconds(lambda trainer=trainer: trainer.run(batches))  # type: ignore[misc]
+            if repeat:
+                times[way].append(found)
+    trainers.clear()
+    predicted, measured = predicted_memory(pair, cells), measured_memory(pair, cells)
+    return {
+        "cells": len(cells),
+        "step seconds": times,
+        "cascade over engine": statistics.median(times["plain cascade"]) / statistics.median(times["engine"]),
+        "memory predicted": predicted,
+        "memory": measured,
+        "memory ratio": predicted / measured if measured else None,
     }
 
 
@@ -161,7 +203,9 @@ def main() -> None:
             f"kept {row['kept by autograd'] / 1e6:.2f} -> {row['kept'] / 1e6:.2f} MB ({row['kept ratio']:.2f}), "
             f"time {statistics.median(row['seconds']['autograd']):.3f} -> "
             f"{statistics.median(row['seconds']['graph']):.3f} s ({row['time ratio']:.2f}), "
-            + ", ".join(f"{key} {value:.1e}" for key, value in row["errors"].items()),
+            + ", ".join(f"{key} {value:.1e}" for key, value in row["errors"].items())
+            + f"; a step of {row['cells']} stitches: plain cascade {row['cascade over engine']:.2f} of the engine, "
+            f"memory {row['memory predicted'] / 1e6:.0f} MB predicted, {(row['memory'] or 0) / 1e6:.0f} measured",
             flush=True,
         )
     if options.json is not None:

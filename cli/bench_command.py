@@ -7,16 +7,34 @@ from typing import Annotated
 
 import typer
 
-from fastsitch.cli.options import DATA, FILES, MACHINE, DebugOption, DeviceOption, RootOption, whole_numbers
+from fastsitch.cli.options import (
+    DATA,
+    FILES,
+    MACHINE,
+    ClassTokenOption,
+    DataDirOption,
+    DatasetOption,
+    DebugOption,
+    DeviceOption,
+    ResampleOption,
+    RootOption,
+    whole_numbers,
+)
 from fastsitch.cli.progress_display import ProgressDisplay
 from fastsitch.errors import ConfigError, argument
 from fastsitch.vocabulary import Compile, Kernel, Precision
 
 
 def bench(
-    sender: Annotated[str, typer.Option(help="R1111 ... R2222, ResNet18 or ResNet34.", rich_help_panel=DATA)] = "R1111",
-    receiver: Annotated[str, typer.Option(help="Architecture of the receiver.", rich_help_panel=DATA)] = "R1111",
-    width: Annotated[int, typer.Option(help="Channels of the first stage of both.", rich_help_panel=DATA)] = 16,
+    sender: Annotated[
+        str,
+        typer.Option(help="R1111 ... R2222, ResNet18, ResNet34, or a network that was added.", rich_help_panel=DATA),
+    ] = "R1111",
+    receiver: Annotated[str, typer.Option(help="The same for the receiver.", rich_help_panel=DATA)] = "R1111",
+    dataset: DatasetOption = None,
+    width: Annotated[
+        int, typer.Option(help="Channels of the first stage of small ResNets.", rich_help_panel=DATA)
+    ] = 16,
     batch_size: Annotated[int, typer.Option(help="Images per step.", rich_help_panel=DATA)] = 64,
     group_sizes: Annotated[
         str,
@@ -26,6 +44,8 @@ def bench(
             rich_help_panel=DATA,
         ),
     ] = "",
+    resample: ResampleOption = "none",
+    class_token: ClassTokenOption = "sender",
     peers: Annotated[
         bool, typer.Option("--peers", help="Train the same cells in other ways too.", rich_help_panel=DATA)
     ] = False,
@@ -49,9 +69,13 @@ def bench(
         typer.Option(metavar="<path>", help="File for all figures.", show_default="none", rich_help_panel=FILES),
     ] = None,
     root: RootOption = None,
+    data_dir: DataDirOption = None,
     debug: DebugOption = False,
 ) -> None:
-    """Measure this machine: its ceilings, a training step in its parts, the whole study. Needs no networks."""
+    """Measure this machine: its ceilings, a training step in its parts, its memory, the whole study.
+
+    R1111 ... R2222 need no networks: they are made and briefly trained on embedded images.
+    """
     import fastsitch
     from fastsitch.cli.bench_text import sections
     from fastsitch.files import write_json
@@ -62,16 +86,20 @@ def bench(
         result = fastsitch.bench(
             sender=sender,
             receiver=receiver,
+            dataset=dataset,
             width=width,
             batch_size=batch_size,
             precision=precision,
             kernel=kernel,
             compile=compile_blocks,
             group_sizes=tuple(whole_numbers("group_sizes", group_sizes)),
+            resample=resample,
+            class_token=class_token,
             repeats=repeats,
             peers=peers,
             tune=tune,
             root=root,
+            data_dir=data_dir,
             device=device,
             report=display.report,
         )

@@ -1,11 +1,13 @@
 """A benchmark as tables for the terminal."""
 
 from fastsitch.benchmark.agreement import ACCURACY_STEPS, EXACT_STEPS
+from fastsitch.benchmark.bench_config import BenchConfig
 from fastsitch.benchmark.flops import STUDY_SETTINGS, STUDY_WIDTH
 from fastsitch.benchmark.run_bench import BenchResult
-from fastsitch.benchmark.study_projection import H100_RATE
+from fastsitch.benchmark.study_projection import H100_RATE, Projection
 from fastsitch.benchmark.timing_rounds import Spread
 from fastsitch.cli.text_formats import duration, table
+from fastsitch.network_names import NetworkName
 
 
 def sections(result: BenchResult) -> list[str]:
@@ -13,11 +15,14 @@ def sections(result: BenchResult) -> list[str]:
     sections = [_machine(result), _checks(result), _ceilings(result), _groups(result), _parts(result)]
     if result.peers:
         sections.append(_peers(result))
-    sections.append(_projection(result))
+    if result.projection is not None:
+        sections.append(_projection(result.projection))
     if result.tuning is not None:
+        tuned = result.tuning
+        what = f"width {tuned.width}" if tuned.receiver is None else f"receiver {tuned.receiver}"
         sections.append(
-            f"sweeps of width {result.tuning.width}, batch {result.tuning.batch_size}, {result.tuning.precision} will "
-            f"use groups of up to {result.tuning.group_size} cells, compile {result.tuning.compile}: {result.profile}"
+            f"sweeps of {what}, batch {tuned.batch_size}, {tuned.precision} will use groups of up to "
+            f"{tuned.group_size} cells, compile {tuned.compile}: {result.profile}"
         )
     return sections
 
@@ -27,12 +32,20 @@ def _machine(result: BenchResult) -> str:
     return (
         f"{result.machine}, {result.device}, {result.threads} threads, torch {result.versions['torch']}, "
         f"{result.precision}, {result.kernel} kernel, compile {result.compile}\n"
-        f"{config.sender} -> {config.receiver}, {result.unit} cells, width {config.width}, batch {config.batch_size}; "
+        f"{config.sender} -> {config.receiver}, {result.unit} cells, {_networks(config)}, batch {config.batch_size}; "
         f"median of {config.repeats} (smallest to largest)\n{result.command}"
     )
 
 
+def _networks(config: BenchConfig) -> str:
+    small = [NetworkName.parse(name).built_in for name in (config.sender, config.receiver)]
+    width = [f"width {config.width}"] if any(small) else []
+    return ", ".join([*width, *([] if all(small) else [f"of {config.dataset}"])])
+
+
 def _checks(result: BenchResult) -> str:
+    if any(agreement.change_error is not None for agreement in result.agreements.values()):
+        return _change_checks(result)
     rows = [
         [
             name,
@@ -55,6 +68,15 @@ def _checks(result: BenchResult) -> str:
     return table(head, rows)
 
 
+def _change_checks(result: BenchResult) -> str:
+    rows = [
+        [name, str(agreement.cells), f"{agreement.exact_error:.1e}", f"{agreement.change_error:.1e}"]
+        for name, agreement in result.agreements.items()
+    ]
+    precision = f"error, {EXACT_STEPS} steps in {result.precision}"
+    return table(["checked against", "cells", f"error, {EXACT_STEPS} steps in fp64", precision], rows)
+
+
 def _ceilings(result: BenchResult) -> str:
     blocks = [
         [
@@ -66,10 +88,10 @@ def _ceilings(result: BenchResult) -> str:
         ]
         for block in result.ceiling.blocks
     ]
-    convolutions = table(["convolutions of", "samples", "GFLOP", "forward, GFLOP/s", "gradient, GFLOP/s"], blocks)
+    products = table(["products of", "samples", "GFLOP", "forward, GFLOP/s", "gradient, GFLOP/s"], blocks)
     speeds = [[name, _spread(speed, 1e9)] for name, speed in result.bandwidths.items()]
     whole = f"all of them, forward and gradient: {_spread(result.ceiling.rate, 1e9)} GFLOP/s"
-    return "\n".join([convolutions, whole, "", table(["bytes", "GB/s"], speeds)])
+    return "\n".join([products, whole, "", table(["bytes", "GB/s"], speeds)])
 
 
 def _groups(result: BenchResult) -> str:
@@ -83,6 +105,8 @@ def _groups(result: BenchResult) -> str:
             f"{group.flops_rate.median / 1e9:.1f}",
             f"{100 * group.fraction.median:.1f} %",
             _spread(group.over_bare),
+            f"{group.predicted_memory / 1e6:.0f}",
+            "-" if group.memory is None else f"{group.memory / 1e6:.0f}",
         ]
         for group in result.groups
     ]
@@ -94,7 +118,9 @@ def _groups(result: BenchResult) -> str:
         "us per image and cell",
         "GFLOP/s",
         "of the ceiling",
-        "step over bare convolutions",
+        "step over bare products",
+        "memory predicted, MB",
+        "measured",
     ]
     return table(head, rows)
 
@@ -117,8 +143,7 @@ def _peers(result: BenchResult) -> str:
     return table(["all cells", "steps", "step, ms", "images x cells/s", "times ours"], rows)
 
 
-def _projection(result: BenchResult) -> str:
-    projection = result.projection
+def _projection(projection: Projection) -> str:
     head = ["the study: 256 pairs, 50,000 images, 4 epochs", "T2T", f"{STUDY_SETTINGS} settings"]
     rate = f"{100 * projection.fraction:.0f} % of {projection.ceiling.rate.median / 1e9:.0f} GFLOP/s"
     here = f"here: {rate} at width {STUDY_WIDTH}"

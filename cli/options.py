@@ -7,7 +7,7 @@ from typer.core import TyperCommand
 
 from fastsitch.cli import progress_display
 from fastsitch.errors import ConfigError, argument
-from fastsitch.vocabulary import LOCAL_CLUSTER, separated
+from fastsitch.vocabulary import LOCAL_CLUSTER, ClassToken, Resample, separated
 
 DATA, TRAINING, MATCHING, MACHINE, FILES = "Networks and data", "Training", "Matching", "Machine", "Files"
 """Groups of options, in the order in which help shows them."""
@@ -115,6 +115,20 @@ RayOption = Annotated[
 DryRunOption = Annotated[
     bool,
     typer.Option("--dry-run", help="Say what would be done and what it would take; needs neither data nor networks."),
+]
+ResampleOption = Annotated[
+    Resample,
+    typer.Option(
+        "--resample", help="How sizes that are no multiples of each other are joined.", rich_help_panel=MATCHING
+    ),
+]
+ClassTokenOption = Annotated[
+    ClassToken,
+    typer.Option(
+        "--class-token",
+        help="What becomes a receiver's class token: the sender's (else the mean), the mean, or zeros.",
+        rich_help_panel=MATCHING,
+    ),
 ]
 DebugOption = Annotated[
     bool,

@@ -13,6 +13,7 @@ from fastsitch.cli.options import (
     TRAINING,
     ActivationsOption,
     BackgroundOption,
+    ClassTokenOption,
     DataDirOption,
     DatasetOption,
     DebugOption,
@@ -21,6 +22,7 @@ from fastsitch.cli.options import (
     HoldoutOption,
     MemoryOption,
     RayOption,
+    ResampleOption,
     RootOption,
     TestImagesOption,
     TrainImagesOption,
@@ -29,7 +31,6 @@ from fastsitch.cli.options import (
 from fastsitch.cli.progress_display import ProgressDisplay
 from fastsitch.cli.text_formats import duration
 from fastsitch.vocabulary import (
-    ClassToken,
     Compile,
     Init,
     Kernel,
@@ -37,7 +38,6 @@ from fastsitch.vocabulary import (
     Optimizer,
     Precision,
     ReceiverBN,
-    Resample,
     Solver,
     SourceName,
     StitchRecipe,
@@ -128,17 +128,8 @@ def sweep(
     init: Annotated[
         Init, typer.Option(help="Where training starts: a random or the matched stitch.", rich_help_panel=MATCHING)
     ] = "default",
-    resample: Annotated[
-        Resample,
-        typer.Option(help="How sizes that are no multiples of each other are joined.", rich_help_panel=MATCHING),
-    ] = "none",
-    class_token: Annotated[
-        ClassToken,
-        typer.Option(
-            help="What becomes a receiver's class token: the sender's (else the mean), the mean, or zeros.",
-            rich_help_panel=MATCHING,
-        ),
-    ] = "sender",
+    resample: ResampleOption = "none",
+    class_token: ClassTokenOption = "sender",
     memory: MemoryOption = "auto",
     group_size: Annotated[
         str, typer.Option(help="auto, or the largest number of cells per batch.", rich_help_panel=MACHINE)

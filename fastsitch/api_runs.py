@@ -13,6 +13,7 @@ from fastsitch.execution.run_sweep import run_sweep
 from fastsitch.files import output_folder
 from fastsitch.generation.choose_images import Chosen, chosen_units
 from fastsitch.generation.generate_images import run_images
+from fastsitch.network_names import NetworkName
 from fastsitch.planning.sweep_estimate import SweepEstimate, estimate_sweep
 from fastsitch.progress import Report, ignore
 from fastsitch.report.image_grids import require_images_replaceable, write_images
@@ -21,7 +22,7 @@ from fastsitch.runs.inventory import chosen_dataset, find_run
 from fastsitch.runs.output_source import source_of
 from fastsitch.runs.run import Run
 from fastsitch.runs.sweep_config import SweepConfig, SweepOptions, sweep_config
-from fastsitch.vocabulary import separated
+from fastsitch.vocabulary import DEFAULT_DATASET, separated
 
 
 def configure_sweep(
@@ -129,25 +130,44 @@ def estimate(
 
 
 def bench(
-    *, root: PathLike | None = None, device: str = "auto", report: Report = ignore, **options: Unpack[BenchOptions]
+    *,
+    sender: str = "R1111",
+    receiver: str = "R1111",
+    dataset: str | None = None,
+    root: PathLike | None = None,
+    data_dir: PathLike | None = None,
+    device: str = "auto",
+    report: Report = ignore,
+    **options: Unpack[BenchOptions],
 ) -> BenchResult:
-    """Measure this machine; needs neither networks nor files.
+    """Measure this machine with a pair of networks; R1111 ... R2222, ResNet18 and ResNet34 need no files.
 
     Args:
-        root: where ``profile.json`` is written with ``tune``.
+        sender: a small ResNet, which is made here, or a network that was added.
+        receiver: likewise.
+        dataset: None: that to which the networks were added; for small ResNets alone the embedded images.
+        root: folder of the networks, and where ``profile.json`` is written with ``tune``; None: FASTSITCH_ROOT, then
+            ``./fastsitch-data``.
+        data_dir: folder with the files of data sets; None: ``data`` in the root.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         report: gets the measurements done.
-        options: sender, receiver, width, batch_size, precision, kernel, compile, group_sizes, repeats, tune, peers; see
-            :class:`fastsitch.benchmark.bench_config.BenchConfig`.
+        options: width, batch_size, precision, kernel, compile, group_sizes, resample, class_token, repeats, tune,
+            peers; see :class:`fastsitch.benchmark.bench_config.BenchConfig`.
 
     Returns:
         All figures.
 
     Raises:
         ConfigError: an option that cannot work.
+        NetworkError: a network that was not added.
+        DataError: the data set is missing or malformed.
         FailedError: the engine fails its own check; no figure is given then.
     """
-    return run_bench(Root.at(root), BenchConfig(**options), device=device, report=report)
+    folders = Root.at(root, data_dir)
+    added = [name for name in (sender, receiver) if not NetworkName.parse(name).built_in]
+    chosen = dataset or DEFAULT_DATASET if not added else chosen_dataset(folders, dataset, added)
+    config = BenchConfig(sender=sender, receiver=receiver, dataset=chosen, **options)
+    return run_bench(folders, config, device=device, report=report)
 
 
 def measure_errors(

@@ -19,8 +19,8 @@ from fastsitch.activations.representation_batch import Batch
 from fastsitch.benchmark import agreement as check
 from fastsitch.benchmark import flops
 from fastsitch.benchmark.bandwidth import scratch_folder
-from fastsitch.benchmark.bare_convolutions import BareConvolutions
-from fastsitch.benchmark.bench_pair import BenchPair, make_bench_pair
+from fastsitch.benchmark.bare_products import BareProducts
+from fastsitch.benchmark.bench_pair import BenchNetworks, BenchPair, make_bench_pair
 from fastsitch.benchmark.clock import Clock
 from fastsitch.benchmark.group_sizes import measure_groups
 from fastsitch.benchmark.time_peers import SWEEP, time_peers
@@ -32,6 +32,7 @@ from fastsitch.cli.main import _run
 from fastsitch.errors import FailedError
 from fastsitch.network_names import BLOCKS
 from fastsitch.networks.resnet import position_shapes, resnet_flops
+from fastsitch.stitching.geometry import DEFAULT_RULES
 from fastsitch.stitching.stitch_bank import StitchBank
 from tests.conftest import Command
 
@@ -40,8 +41,7 @@ CPU = torch.device("cpu")
 
 def small_pair(dtype: torch.dtype, *, receiver: str = "R1111", images: int = 64, training_steps: int = 0) -> BenchPair:
     return make_bench_pair(
-        "R1111",
-        receiver,
+        BenchNetworks("R1111", receiver),
         width=4,
         batch_size=8,
         images=images,
@@ -79,7 +79,7 @@ def break_gradient(
 
 
 def test_every_peer_computes_the_updates_of_the_engine() -> None:
-    errors = check.exact_errors("R1111", "R1112", list(check.PEERS), CPU)
+    errors = check.exact_errors(BenchNetworks("R1111", "R1112"), list(check.PEERS), CPU, DEFAULT_RULES)
     assert list(errors) == list(check.PEERS)
     assert max(errors.values()) < 1e-10
 
@@ -102,7 +102,7 @@ def test_no_speed_is_reported_when_a_gradient_is_wrong(
     with pytest.raises(
         FailedError, match=r"no speed is reported: .* stitch of cell \(\d, 2\) of R1111 -> R1111 .* tuned loop by"
     ):
-        check.exact_errors("R1111", "R1111", [check.TUNED], CPU)
+        check.exact_errors(BenchNetworks("R1111", "R1111"), [check.TUNED], CPU, DEFAULT_RULES)
 
 
 def test_the_command_ends_with_1_and_says_which_cell(
@@ -196,10 +196,12 @@ def test_flops_are_those_that_are_really_done() -> None:
         if before != after
     )
     assert convolutions == 8 * (expected.convolutions - projections)
-    bare = BareConvolutions(pair.receiver, [5] * 5, 8, torch.float32, CPU)
+    bare = BareProducts(pair.receiver, [5] * 5, 8, torch.float32, CPU)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         bare.run()
-    assert counter.get_total_flops() == 2 * sum(bare.flops) == 8 * expected.convolutions
+    head = 2 * 2 * 25 * 8 * shapes[-1][0] * 10
+    assert counter.get_total_flops() == bare.total_flops == 8 * expected.convolutions + head
+    assert bare.flops == bare.gradient_flops
 
 
 def test_nested_parts_are_not_counted_twice() -> None:
@@ -228,6 +230,8 @@ def test_group_sizes_are_measured_in_all_parts() -> None:
         assert all(part.min > 0 and part.n == 2 for part in group.parts.values())
         assert group.over_bare.min * group.fraction.max == pytest.approx(1)
         assert group.over_bare.max * group.fraction.min == pytest.approx(1)
+        assert group.memory is not None
+        assert group.memory < 2 * group.predicted_memory
         assert group.rate.median == pytest.approx(group.cells * 8 / group.seconds.median, rel=0.5)
     # a group of one pays per step what a unit pays once
     assert single.seconds.min > unit.seconds.min
@@ -236,7 +240,7 @@ def test_group_sizes_are_measured_in_all_parts() -> None:
 @pytest.mark.slow
 def test_all_peers_are_timed_on_the_same_cells() -> None:
     pair = small_pair(torch.float32)
-    agreement = check.Agreement(0.0, 0.5, 0.5, 0.0, 0.0, 25)
+    agreement = check.Agreement(exact_error=0.0, cells=25)
     names = check.peer_names(torch.float32, everything=True)
     assert "published way" not in names
     measures = time_peers(pair, dict.fromkeys(names, agreement), 2)
@@ -261,8 +265,8 @@ def test_the_command_measures_writes_and_tunes(run_cli: Command, tmp_path: Path)
         assert set(group["seconds"]) == {"median", "min", "max", "n"}
         assert 0 < group["fraction"]["median"] < 1
     assert set(content["bandwidths"]) >= {"copy", "store write", "store read"}
-    assert [block["samples"] for block in content["ceiling"]["blocks"]] == [40, 80, 120, 160]
-    assert len(content["peers"]) == 6
+    assert [block["samples"] for block in content["ceiling"]["blocks"]] == [40, 80, 120, 160, 200]
+    assert len(content["peers"]) == 7
     assert content["projection"]["flops"] == pytest.approx(2.17e18, rel=0.03)
     for words in ("of the ceiling", "torch.func vmap", "predicted, not measured", "stitches backward", "store write"):
         assert words in done.stdout

@@ -12,6 +12,7 @@ from fastsitch.activations.store import ActivationStore
 from fastsitch.activations.store_manifest import StoreIdentity
 from fastsitch.activations.store_writer import writing
 from fastsitch.benchmark.timing_rounds import Spread
+from fastsitch.chains.layout import elements, stored_size
 from fastsitch.chains.position import Position
 from fastsitch.errors import ConfigError, argument
 from fastsitch.timing import seconds
@@ -21,9 +22,9 @@ _READ_IMAGES = 1024
 _SCRATCH = ".fastsitch-bench-"
 
 
-def copy_bandwidth(device: torch.device, repeats: int, elements: int | None = None) -> Spread:
+def copy_bandwidth(device: torch.device, repeats: int, values: int | None = None) -> Spread:
     """Bytes per second, read and written, of one large copy (256 MiB; 2 GiB on CUDA)."""
-    count = elements or (1 << 29 if device.type == "cuda" else 1 << 26)
+    count = values or (1 << 29 if device.type == "cuda" else 1 << 26)
     source = torch.ones(count, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     times = [seconds(lambda: target.copy_(source), device) for _ in range(repeats + 1)][1:]
@@ -67,11 +68,12 @@ def store_speeds(
     ``read`` finds the files in the system's memory; before ``read from disk`` the system is asked to drop them, where
     that is possible.
     """
-    elements = sum(position.shape[0] * position.shape[1] * position.shape[2] for position in positions)
-    images = max(1, target_bytes // (2 * elements) // _READ_IMAGES) * _READ_IMAGES
+    values = sum(elements(position.rows) for position in positions)
+    images = max(1, target_bytes // (2 * values))
+    if images > _READ_IMAGES:
+        images -= images % _READ_IMAGES
     data = [
-        torch.randn(images, position.shape[1], position.shape[2], position.shape[0]).to(torch.bfloat16)
-        for position in positions
+        torch.randn(images, *stored_size(position.rows), position.rows[0]).to(torch.bfloat16) for position in positions
     ]
     identity = StoreIdentity(
         network="bench",
@@ -101,9 +103,9 @@ def store_speeds(
             def read(path: Path = path) -> None:
                 store = ActivationStore.open(path)
                 for position, start in itertools.product(positions, range(0, images, _READ_IMAGES)):
-                    store.read("train", position.index, start, start + _READ_IMAGES)
+                    store.read("train", position.index, start, min(start + _READ_IMAGES, images))
 
-            total = 2 * elements * images
+            total = 2 * values * images
             speeds["store write"].append(total / seconds(write, cpu))
             speeds["store read"].append(total / seconds(read, cpu))
             if _drop_from_memory(path):

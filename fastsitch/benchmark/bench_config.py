@@ -6,15 +6,24 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fastsitch.errors import ConfigError, argument
-from fastsitch.network_names import BLOCKS, NetworkName
-from fastsitch.vocabulary import DEFAULT_ROOT, Compile, Kernel, Precision, require_choice, require_whole
+from fastsitch.network_names import NetworkName
+from fastsitch.stitching.geometry import DEFAULT_RULES, Rules
+from fastsitch.vocabulary import (
+    DEFAULT_DATASET,
+    DEFAULT_ROOT,
+    ClassToken,
+    Compile,
+    Kernel,
+    Precision,
+    Resample,
+    require_choice,
+    require_whole,
+)
 
 
 class BenchOptions(TypedDict, total=False):
     """What :func:`fastsitch.bench` may be asked for; see :class:`BenchConfig`."""
 
-    sender: str
-    receiver: str
     width: int
     batch_size: int
     precision: Precision
@@ -22,6 +31,8 @@ class BenchOptions(TypedDict, total=False):
     compile: Compile
     group_sizes: tuple[int, ...]
     repeats: int
+    resample: Resample
+    class_token: ClassToken
     tune: bool
     peers: bool
 
@@ -32,7 +43,10 @@ class BenchConfig:
 
     sender: str = "R1111"
     receiver: str = "R1111"
+    dataset: str = DEFAULT_DATASET
+    """That the networks were added to; small ResNets are built for its images."""
     width: int = 16
+    """Of small ResNets."""
     batch_size: int = 64
     precision: Precision = "auto"
     kernel: Kernel = "auto"
@@ -41,15 +55,17 @@ class BenchConfig:
     """Cells per batch; empty: 1, 5, one unit, and that two and four times over."""
     repeats: int = 5
     """Rounds, each of which measures everything once."""
+    resample: Resample = DEFAULT_RULES.resample
+    class_token: ClassToken = DEFAULT_RULES.class_token
     tune: bool = False
     peers: bool = False
 
     def __post_init__(self) -> None:
         for role, name in (("sender", self.sender), ("receiver", self.receiver)):
-            parsed = NetworkName.parse(name)
-            if parsed.random or not parsed.built_in:
+            if NetworkName.parse(name).random:
                 raise ConfigError(
-                    f"{argument(role, name)}: expected R1111 ... R2222; speed does not depend on training"
+                    f"{argument(role, name)}: expected R1111 ... R2222, or the name of a network that was added; speed "
+                    "does not depend on training"
                 )
         for option, value, least, most in (
             ("width", self.width, 4, 4096),
@@ -57,27 +73,17 @@ class BenchConfig:
             ("repeats", self.repeats, 1, 1000),
         ):
             require_whole(option, value, least, most)
-        self._check_group_sizes()
+        for size in self.group_sizes:
+            require_whole("group_sizes", size)
         require_choice("precision", self.precision, Precision)
         require_choice("kernel", self.kernel, Kernel)
         require_choice("compile", self.compile, Compile)
-
-    def _check_group_sizes(self) -> None:
-        for size in self.group_sizes:
-            require_whole("group_sizes", size)
-        unit = self.unit
-        for size in self.group_sizes:
-            if size > unit and size % unit:
-                raise ConfigError(
-                    f"{argument('group_sizes', size)}: {self.sender} -> {self.receiver} has {unit} cells; expected "
-                    f"up to {unit}, or a multiple of it, such as {2 * unit}"
-                )
+        _ = self.rules
 
     @property
-    def unit(self) -> int:
-        """Cells of one unit."""
-        sender, receiver = (NetworkName.parse(name).architecture for name in (self.sender, self.receiver))
-        return (1 + sum(BLOCKS[sender])) * (1 + sum(BLOCKS[receiver]))
+    def rules(self) -> Rules:
+        """What stitches do where shapes leave a choice; raises ConfigError for other words."""
+        return Rules(resample=self.resample, class_token=self.class_token)
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "group_sizes": list(self.group_sizes)}

@@ -36,10 +36,14 @@ def training_flops(
     """
     convolutions = stitches = 0.0
     for i, j in cells:
-        geometry = Geometry.between(sender[i], receiver[j])
         convolutions += 2 * sum(blocks[j:])
-        stitches += 2 * 2.0 * geometry.rows * geometry.features * receiver[j][0]
+        stitches += stitch_flops(Geometry.between(sender[i], receiver[j]))
     return Flops(convolutions, stitches)
+
+
+def stitch_flops(geometry: Geometry) -> float:
+    """Per image of a training step of one stitch: its product, and the gradient of its weights."""
+    return 2 * 2.0 * geometry.rows * geometry.features * geometry.receiver[0]
 
 
 def study_flops() -> Flops:

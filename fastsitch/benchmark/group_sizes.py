@@ -1,24 +1,24 @@
-"""A training step of the sweep at several group sizes: whole, in its parts, and beside its convolutions alone."""
+"""A training step of the sweep at several group sizes: whole, in its parts, and beside its products alone."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from fastsitch.benchmark.bare_convolutions import BareGroups
+from fastsitch.benchmark.bare_products import BareGroups
 from fastsitch.benchmark.bench_pair import BenchPair
 from fastsitch.benchmark.clock import Clock
-from fastsitch.benchmark.flops import training_flops
+from fastsitch.benchmark.flops import stitch_flops
+from fastsitch.benchmark.peak_memory import peak_memory
 from fastsitch.benchmark.timed_engine import PARTS, Engine
 from fastsitch.benchmark.timing_rounds import Spread, alternate, ratios
-from fastsitch.chains.chain_flops import chain_flops
 from fastsitch.machine import available_memory
 from fastsitch.planning.group_memory import StepKind, group_memory
 from fastsitch.progress import Report, ignore
 from fastsitch.stitching.cells import Cell, split_groups
 
 _MEMORY_SHARE = 0.5
-"""Of the free memory, for the engine; the bare convolutions take about half as much again."""
+"""Of the free memory, for the engine; the bare products take about half as much again."""
 
 _MOST_STEPS, _STEP_CELLS = 4, 100
 
@@ -38,16 +38,20 @@ class GroupMeasure:
     """Seconds per image and cell."""
     bare_seconds: Spread
     over_bare: Spread
-    """A step over its bare convolutions, round by round."""
+    """A step over its bare products, round by round."""
     flops: float
-    """Of the convolutions in one step."""
+    """Of the receiver's products in one step."""
     stitch_flops: float
     flops_rate: Spread
-    """Achieved FLOP/s, counting the convolutions alone."""
+    """Achieved FLOP/s, counting the receiver's products alone."""
     fraction: Spread
-    """Of the ceiling: bare convolutions over the step, round by round."""
+    """Of the ceiling: bare products over the step, round by round."""
     parts: dict[str, Spread]
     """Seconds in each part of a step, from runs with a clock in them; they add up to a little more than a step."""
+    predicted_memory: int
+    """Bytes of one group at its peak, as a sweep plans them."""
+    memory: int | None
+    """The same, measured; None where the system does not tell."""
 
 
 def default_group_sizes(pair: BenchPair) -> list[int]:
@@ -60,8 +64,15 @@ def default_group_sizes(pair: BenchPair) -> list[int]:
 
 
 def fits(pair: BenchPair, group_sizes: Sequence[int]) -> bool:
-    """Whether steps of all these group sizes should fit into memory side by side, with their bare convolutions."""
-    sender, receiver = pair.source.shapes, [position.shape for position in pair.frozen.positions]
+    """Whether steps of all these group sizes should fit into memory side by side, with their bare products."""
+    needed = sum(
+        predicted_memory(pair, group) for size in group_sizes for group in split_groups(_cells(pair, size), size)
+    )
+    return needed <= _MEMORY_SHARE * available_memory(pair.device)
+
+
+def predicted_memory(pair: BenchPair, group: Sequence[Cell]) -> int:
+    """Bytes of a step of one group at its peak, as a sweep plans them."""
     kind = StepKind(
         images=pair.batch_size,
         itemsize=pair.dtype.itemsize,
@@ -69,13 +80,20 @@ def fits(pair: BenchPair, group_sizes: Sequence[int]) -> bool:
         masked=pair.frozen.masked,
         micro_batch=pair.frozen.micro_batch,
         gathers=pair.kernel == "torch",
+        rules=pair.rules,
     )
-    needed = sum(
-        group_memory([(cell.i, cell.j) for cell in group], sender, receiver, kind)
-        for size in group_sizes
-        for group in split_groups(_cells(pair, size), size)
-    )
-    return needed <= _MEMORY_SHARE * available_memory(pair.device)
+    receiver = [position.rows for position in pair.frozen.positions]
+    return group_memory([(cell.i, cell.j) for cell in group], pair.source.shapes, receiver, kind, pair.segments)
+
+
+def measured_memory(pair: BenchPair, group: Sequence[Cell]) -> int | None:
+    """The same, measured, in bytes; None where the system does not tell."""
+    batches = pair.batches(1)
+
+    def work() -> None:
+        Engine(pair, group).run(batches)
+
+    return peak_memory(work, pair.device)
 
 
 def measure_groups(
@@ -84,24 +102,36 @@ def measure_groups(
     repeats: int,
     report: Report = ignore,
 ) -> list[GroupMeasure]:
-    """Every group size in every round, alternating with its bare convolutions, after a warm-up round; then the parts.
+    """Every group size in every round, alternating with its bare products, after a warm-up round; then its parts and
+    its memory.
 
     Groups smaller than a unit share the unit's cells, larger ones take the same cells with further seeds.
     """
     works: dict[str, Callable[[], object]] = {}
-    pools: dict[str, torch.Tensor] = {}
+    pools: dict[int, torch.Tensor] = {}
+    flops: dict[int, int] = {}
     for size in sorted(group_sizes, reverse=True):
         engine = Engine(pair, _cells(pair, size), size)
         counts = _counts(pair, size)
         bare = BareGroups(pair.receiver, counts, pair.batch_size, pair.dtype, pair.device, pools)
+        flops[size] = bare.flops
         batches = pair.batches(_steps(size))
         works[f"step {size}"] = lambda engine=engine, batches=batches: engine.run(batches)  # type: ignore[misc]
         works[f"bare {size}"] = lambda bare=bare, batches=batches: bare.run(len(batches))  # type: ignore[misc]
     times = alternate(works, repeats + 1, pair.device, report)
     works.clear()
     pools.clear()
+    # the loop's own would keep the last ones alive
+    del engine, bare
     return [
-        _measure(pair, size, times[f"step {size}"][1:], times[f"bare {size}"][1:], _parts(pair, size, repeats))
+        _measure(
+            pair,
+            size,
+            flops[size],
+            times[f"step {size}"][1:],
+            times[f"bare {size}"][1:],
+            _parts(pair, size, repeats),
+        )
         for size in group_sizes
     ]
 
@@ -120,14 +150,12 @@ def _parts(pair: BenchPair, size: int, repeats: int) -> list[dict[str, float]]:
 
 
 def _measure(
-    pair: BenchPair, size: int, steps: list[float], bares: list[float], parts: list[dict[str, float]]
+    pair: BenchPair, size: int, flops: int, steps: list[float], bares: list[float], parts: list[dict[str, float]]
 ) -> GroupMeasure:
     cells, count = _cells(pair, size), _steps(size)
     samples = len(cells) * pair.batch_size
-    shapes = [position.shape for position in pair.frozen.positions]
-    _, *blocks, _ = chain_flops(pair.receiver)
-    flops = training_flops(blocks, pair.source.shapes, shapes, [(cell.i, cell.j) for cell in cells])
     step, bare = [time / count for time in steps], [time / count for time in bares]
+    first = split_groups(cells, size)[0]
     return GroupMeasure(
         group_size=size,
         cells=len(cells),
@@ -137,11 +165,13 @@ def _measure(
         cost=Spread.of([time / samples for time in step]),
         bare_seconds=Spread.of(bare),
         over_bare=ratios(step, bare),
-        flops=flops.convolutions * pair.batch_size,
-        stitch_flops=flops.stitches * pair.batch_size,
-        flops_rate=Spread.of([flops.convolutions * pair.batch_size / time for time in step]),
+        flops=flops,
+        stitch_flops=pair.batch_size * sum(stitch_flops(pair.geometry(cell)) for cell in cells),
+        flops_rate=Spread.of([flops / time for time in step]),
         fraction=ratios(bare, step),
         parts={part: Spread.of([found.get(part, 0.0) for found in parts]) for part in PARTS},
+        predicted_memory=predicted_memory(pair, first),
+        memory=measured_memory(pair, first),
     )
 
 

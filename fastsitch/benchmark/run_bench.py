@@ -10,19 +10,21 @@ import torch
 from fastsitch.benchmark.agreement import (
     Agreement,
     accuracy_agreement,
+    change_agreement,
     exact_errors,
     peer_names,
     require_right_convolutions,
 )
 from fastsitch.benchmark.bandwidth import copy_bandwidth, scratch_folder, store_speeds
 from fastsitch.benchmark.bench_config import BenchConfig
-from fastsitch.benchmark.bench_pair import BenchPair, make_bench_pair
+from fastsitch.benchmark.bench_pair import BenchNetworks, BenchPair, make_bench_pair
 from fastsitch.benchmark.ceilings import Ceiling, measure_ceiling
 from fastsitch.benchmark.group_sizes import GroupMeasure, default_group_sizes, fits, measure_groups
 from fastsitch.benchmark.study_projection import Projection, project
 from fastsitch.benchmark.time_peers import PeerMeasure, time_peers
 from fastsitch.benchmark.timing_rounds import Spread
-from fastsitch.errors import FailedError, argument
+from fastsitch.data import load_dataset
+from fastsitch.errors import ConfigError, FailedError, NetworkError, argument
 from fastsitch.machine import (
     DTYPES,
     configure,
@@ -32,10 +34,16 @@ from fastsitch.machine import (
     resolve_precision,
     versions,
 )
+from fastsitch.network_names import NetworkName
+from fastsitch.networks.checkpoint import read_record
+from fastsitch.networks.find_network import models_folder, not_trained
+from fastsitch.networks.network_definition import require_defined
+from fastsitch.networks.require_receivers import require_receivers
 from fastsitch.planning.machine_profile import Tuning, machine_name, save_tuning
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
-from fastsitch.vocabulary import Compile
+from fastsitch.runs.workbench import Networks
+from fastsitch.vocabulary import DEFAULT_DATASET, Compile
 
 TRAINING_STEPS, TRAIN_IMAGES, TEST_IMAGES = 48, 2048, 512
 """The networks are trained for so many steps, so that accuracies say something; speed does not depend on it."""
@@ -65,7 +73,8 @@ class BenchResult:
     """Bytes per second: copies in memory, the store on the disk."""
     groups: list[GroupMeasure]
     peers: list[PeerMeasure]
-    projection: Projection
+    projection: Projection | None
+    """Of the study, for pairs of small ResNets."""
     tuning: Tuning | None
     profile: str | None
     """Where the tuning was written."""
@@ -94,12 +103,16 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
     scratch = scratch_folder(root.path)
     check, ceilings = stage("check"), stage("ceilings")
     check(Progress(0, 2))
-    exact = exact_errors(config.sender, config.receiver, peer_names(dtype, everything=config.peers), torch_device)
+    networks = bench_networks(root, config)
+    _check_group_sizes(networks, config)
+    small = NetworkName.parse(config.receiver).built_in
+    names = peer_names(dtype, everything=config.peers, small=small)
+    exact = exact_errors(networks, names, torch_device, config.rules)
     if dtype == torch.bfloat16:
         require_right_convolutions(torch_device)
-    pair = _bench_pair(config, dtype, torch_device, kernel, compiled == "on")
+    pair = _bench_pair(networks, config, dtype, torch_device, kernel, compiled == "on")
     check(Progress(1, 2))
-    agreements = accuracy_agreement(pair, exact)
+    agreements = (accuracy_agreement if networks.built_in else change_agreement)(pair, exact)
 
     sizes = _group_sizes(pair, config)
     counts = [sum(cell.j == j for cell in pair.cells) for j in range(len(pair.frozen.positions))]
@@ -111,11 +124,13 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
     bandwidths |= store_speeds(scratch, pair.frozen.positions, config.repeats)
     groups = measure_groups(pair, sizes, config.repeats, stage("group sizes"))
     peers = time_peers(pair, agreements, config.repeats, stage("peers")) if config.peers else []
-    stage("projection")(Progress(0, 1))
     unit = len(pair.cells)
     whole = min(groups, key=lambda measure: abs(math.log(measure.group_size / unit)))
-    projection = project(whole.fraction.median, dtype, torch_device, config.repeats)
-    tuning = _tune(pair, config, groups, precision, compiled, stage) if config.tune else None
+    projection = None
+    if networks.built_in:
+        stage("projection")(Progress(0, 1))
+        projection = project(whole.fraction.median, dtype, torch_device, config.repeats)
+    tuning = _tune(networks, pair, config, groups, precision, compiled, stage) if config.tune else None
     return BenchResult(
         config=config,
         command=config.command(root.path, device),
@@ -138,12 +153,34 @@ def run_bench(root: Root, config: BenchConfig, *, device: str = "auto", report: 
     )
 
 
+def bench_networks(root: Root, config: BenchConfig) -> BenchNetworks:
+    """Those of the embedded images, or of the data set that the networks were added to.
+
+    Raises NetworkError where one is missing, DataError for data sets.
+    """
+    names = [NetworkName.parse(name) for name in (config.sender, config.receiver)]
+    if all(name.built_in for name in names) and config.dataset == DEFAULT_DATASET:
+        return BenchNetworks(config.sender, config.receiver)
+    added = sorted({name for name in names if not name.built_in})
+    require_defined(root, config.dataset, added)
+    missing = [name for name in added if read_record(models_folder(root, config.dataset, name), name) is None]
+    if missing:
+        raise NetworkError(not_trained(root, config.dataset, missing))
+    require_receivers(root, config.dataset, [config.receiver])
+    dataset = load_dataset(config.dataset, root.data_dir)
+    return BenchNetworks(config.sender, config.receiver, Networks(root, dataset))
+
+
 def _bench_pair(
-    config: BenchConfig, dtype: torch.dtype, device: torch.device, kernel: str, compiled: bool
+    networks: BenchNetworks,
+    config: BenchConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernel: str,
+    compiled: bool,
 ) -> BenchPair:
     return make_bench_pair(
-        config.sender,
-        config.receiver,
+        networks,
         width=config.width,
         batch_size=config.batch_size,
         images=max(TRAIN_IMAGES, config.batch_size),
@@ -153,7 +190,18 @@ def _bench_pair(
         kernel=kernel,
         compiled=compiled,
         training_steps=TRAINING_STEPS,
+        rules=config.rules,
     )
+
+
+def _check_group_sizes(networks: BenchNetworks, config: BenchConfig) -> None:
+    unit = networks.cells
+    for size in config.group_sizes:
+        if size > unit and size % unit:
+            raise ConfigError(
+                f"{argument('group_sizes', size)}: {config.sender} -> {config.receiver} has {unit} cells; expected up "
+                f"to {unit}, or a multiple of it, such as {2 * unit}"
+            )
 
 
 def _group_sizes(pair: BenchPair, config: BenchConfig) -> list[int]:
@@ -167,6 +215,7 @@ def _group_sizes(pair: BenchPair, config: BenchConfig) -> list[int]:
 
 
 def _tune(
+    networks: BenchNetworks,
     pair: BenchPair,
     config: BenchConfig,
     groups: list[GroupMeasure],
@@ -184,12 +233,13 @@ def _tune(
     choice: Compile = compiled
     if pair.device.type == "cuda":
         other: Compile = "off" if compiled == "on" else "on"
-        changed = _bench_pair(config, pair.dtype, pair.device, pair.kernel, other == "on")
+        changed = _bench_pair(networks, config, pair.dtype, pair.device, pair.kernel, other == "on")
         again = measure_groups(changed, [best.group_size], config.repeats, stage(f"compile {other}"))[0]
         rates[f"compile {compiled}"], rates[f"compile {other}"] = best.rate.median, again.rate.median
         choice = other if again.rate.median > best.rate.median else compiled
     return Tuning(
-        width=config.width,
+        receiver=None if pair.small else config.receiver,
+        width=max(pair.source.shapes[0][0], pair.frozen.positions[0].rows[0]),
         batch_size=config.batch_size,
         precision=precision,
         group_size=best.group_size,

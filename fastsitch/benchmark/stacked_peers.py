@@ -1,7 +1,7 @@
 """Stitches trained many at a time with what PyTorch offers: torch.func, and grouped convolutions.
 
-Both take the cells of one receiver position after the other, from stored representations, through the frozen, folded
-receiver in the compute dtype.
+Both take the cells of one receiver position after the other, from stored representations, through the frozen receiver
+in the compute dtype. They are for small ResNets, whose blocks are written so that both can run them.
 """
 
 from abc import ABC, abstractmethod
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from fastsitch.benchmark.bench_pair import BenchPair
-from fastsitch.benchmark.folded_receiver import FoldedBlock, FoldedConv, FoldedTail
-from fastsitch.benchmark.one_by_one_peers import Stitch, Stitches, geometry_of, optimizer, provided
+from fastsitch.benchmark.one_by_one_peers import Stitch, Stitches, new_stitch, optimizer, provided
+from fastsitch.benchmark.peer_receivers import FoldedBlock, FoldedConv, FoldedTail
 from fastsitch.kernels.reference import gemm_weight
+from fastsitch.networks.resnet import SmallResNet
 from fastsitch.stitching.cells import Cell
 from fastsitch.stitching.geometry import Geometry
 
@@ -25,15 +26,16 @@ class StackedTrainer(ABC):
 
     def __init__(self, pair: BenchPair, cells: Sequence[Cell]) -> None:
         self.pair = pair
+        assert isinstance(pair.receiver, SmallResNet)
         self.tail = FoldedTail(pair.receiver, pair.dtype).to(pair.device)
         self.groups: dict[int, dict[Geometry, list[Cell]]] = {}
         for cell in cells:
-            self.groups.setdefault(cell.j, {}).setdefault(geometry_of(pair, cell), []).append(cell)
+            self.groups.setdefault(cell.j, {}).setdefault(pair.geometry(cell), []).append(cell)
         self.modules: dict[tuple[int, Geometry], Stitch] = {}
         self.parameters: dict[tuple[int, Geometry], dict[str, Tensor]] = {}
         for j, geometries in self.groups.items():
             for geometry, members in geometries.items():
-                modules = [Stitch(cell, geometry, pair.dtype).to(pair.device) for cell in members]
+                modules = [new_stitch(pair, cell) for cell in members]
                 self.modules[j, geometry] = modules[0]
                 with torch.enable_grad():
                     self.parameters[j, geometry], _ = stack_module_state(modules)
@@ -77,8 +79,8 @@ class Vmapped(StackedTrainer):
                 y: Tensor = functional_call(module, parameters, (x,))
                 return y
 
-            x_KBCHW = torch.stack([provided(self.pair, cell.i, index) for cell in members])
-            outputs.append(vmap(call)(self.parameters[j, geometry], x_KBCHW))
+            x_KBHWC = torch.stack([provided(self.pair, cell.i, index) for cell in members])
+            outputs.append(vmap(call)(self.parameters[j, geometry], x_KBHWC))
         logits: Tensor = vmap(lambda x: self.tail(x, j))(torch.cat(outputs))
         return logits
 
@@ -99,7 +101,7 @@ class Grouped(StackedTrainer):
         count = self._count(j)
         outputs = []
         for geometry, members in self.groups[j].items():
-            x = torch.cat([provided(self.pair, cell.i, index) for cell in members], 1)
+            x = torch.cat([provided(self.pair, cell.i, index).permute(0, 3, 1, 2) for cell in members], 1)
             if geometry.up > 1:
                 x = F.interpolate(x, scale_factor=geometry.up, mode="nearest")
             stack = self.parameters[j, geometry]

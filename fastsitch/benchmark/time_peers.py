@@ -55,7 +55,9 @@ def time_peers(
         steps[name] = count
     source, recipe = _short_training(pair)
     steps[SWEEP] = len(source.train) // recipe.batch_size
-    works[SWEEP] = lambda: train_group(pair.frozen, source, cells, recipe, ImageOrder(seed=0), kernel=pair.kernel)
+    works[SWEEP] = lambda: train_group(
+        pair.frozen, source, cells, recipe, ImageOrder(seed=0), kernel=pair.kernel, rules=pair.rules
+    )
     times = alternate(works, repeats, pair.device, report)
     samples = len(cells) * pair.batch_size
     per_step = {name: [time / steps[name] for time in rounds] for name, rounds in times.items()}

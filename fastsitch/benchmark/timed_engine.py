@@ -84,10 +84,11 @@ class Engine:
         bank = StitchBank(
             cells,
             pair.source.shapes,
-            [position.shape for position in pair.frozen.positions],
+            [position.rows for position in pair.frozen.positions],
             dtype=pair.dtype,
             device=pair.device,
             kernel=pair.kernel,
+            rules=pair.rules,
         )
         optimizer = torch.optim.SGD([bank.parameters], lr=LR, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
         receiver = pair.frozen

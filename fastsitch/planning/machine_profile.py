@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ _VERSIONS = ("fastsitch", "torch", "triton")
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """The best choices for one width, batch size and precision, and the figures behind them."""
+    """The best choices for one width, batch size and precision, and the figures behind them.
+
+    ``receiver`` is the name of a network that is no small ResNet.
+    """
 
     width: int
     batch_size: int
@@ -30,6 +34,7 @@ class Tuning:
     compile: Compile
     rates: dict[str, float]
     """Images x cells per second, by ``GROUP SIZE`` with the chosen ``compile``, the other one as ``compile on|off``."""
+    receiver: str | None = None
 
     def __post_init__(self) -> None:
         if type(self.group_size) is not int or self.group_size < 1:
@@ -101,8 +106,13 @@ def save_tuning(root: Path, device: torch.device, tuning: Tuning) -> Path:
     return profile_path(root)
 
 
-def find_tuning(root: Path, device: torch.device, *, width: int, batch_size: int, precision: str) -> Tuning | None:
-    """What was measured for these shapes on this machine; why a profile does not serve is logged."""
+def find_tuning(
+    root: Path, device: torch.device, *, width: int, batch_size: int, precision: str, receivers: Sequence[str] = ()
+) -> Tuning | None:
+    """What was measured for these shapes on this machine; why a profile does not serve is logged.
+
+    ``receivers`` are those that are no small ResNets: of what was found for them, the smallest groups.
+    """
     path = profile_path(root)
     try:
         profile = Profile.read(root)
@@ -115,16 +125,24 @@ def find_tuning(root: Path, device: torch.device, *, width: int, batch_size: int
     if reason is not None:
         log.info("ignored: %s was measured elsewhere (%s); measure with fastsitch bench --tune", path, reason)
         return None
-    for tuning in profile.tunings:
-        if _shape(tuning) == (width, batch_size, precision):
-            return tuning
+    wanted = receivers or (None,)
+    found = [
+        tuning
+        for tuning in profile.tunings
+        if (tuning.batch_size, tuning.precision) == (batch_size, precision)
+        and tuning.receiver in wanted
+        and (tuning.receiver is not None or tuning.width == width)
+    ]
+    if found:
+        return min(found, key=lambda tuning: tuning.group_size)
+    shapes = f"--receiver {receivers[0]}" if receivers else f"--width {width}"
     log.info(
-        "%s has nothing for width %d, batch %d, %s; measure with fastsitch bench --tune --width %d --batch-size %d",
+        "%s has nothing for %s, batch %d, %s; measure with fastsitch bench --tune %s --batch-size %d",
         path,
-        width,
+        ", ".join(receivers) or f"width {width}",
         batch_size,
         precision,
-        width,
+        shapes,
         batch_size,
     )
     return None
@@ -156,5 +174,5 @@ def machine_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
 
 
-def _shape(tuning: Tuning) -> tuple[int, int, str]:
-    return tuning.width, tuning.batch_size, tuning.precision
+def _shape(tuning: Tuning) -> tuple[str | int, int, str]:
+    return tuning.receiver or tuning.width, tuning.batch_size, tuning.precision

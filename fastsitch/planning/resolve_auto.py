@@ -42,7 +42,10 @@ def resolve(
     config = plan.config
     precision = resolve_precision(config.precision, device)
     width = max(shapes[0][0] for shapes in plan.shapes.values())
-    tuning = find_tuning(root, device, width=width, batch_size=config.recipe.batch_size, precision=precision)
+    added = sorted({str(unit.receiver_network) for unit in plan.units if not unit.receiver_network.built_in})
+    tuning = find_tuning(
+        root, device, width=width, batch_size=config.recipe.batch_size, precision=precision, receivers=added
+    )
     kernel = resolve_kernel(config.kernel, device)
     compile = _resolve_compile(config, tuning, device)
     step = step_kind(config, device, precision, kernel, compile)

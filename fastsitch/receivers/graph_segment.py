@@ -18,7 +18,7 @@ from fastsitch.receivers.residual_block import CHUNK_BYTES, write_gradient
 if TYPE_CHECKING:
     from fastsitch.receivers.graph_halves import GraphHalves
 
-_MOST_IMAGES = {"cpu": 64, "cuda": 1024}
+_MOST_IMAGES = {"cpu": 256, "cuda": 1024}
 """Of a micro-batch: a power of two, so that those of all segments fit into the network's."""
 
 _CHECKED = 5
