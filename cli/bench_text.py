@@ -22,7 +22,9 @@ def sections(result: BenchResult) -> list[str]:
         what = f"width {tuned.width}" if tuned.receiver is None else f"receiver {tuned.receiver}"
         sections.append(
             f"sweeps of {what}, batch {tuned.batch_size}, {tuned.precision} will use groups of up to "
-            f"{tuned.group_size} cells, compile {tuned.compile}: {result.profile}"
+            f"{tuned.group_size} cells, compile {tuned.compile}"
+            + (f", attention {tuned.attention}" if "attention fused" in tuned.rates else "")
+            + f": {result.profile}"
         )
     return sections
 

@@ -64,6 +64,9 @@ Kernel = Literal["auto", "triton", "torch"]
 Compile = Literal["auto", "on", "off"]
 """Whether torch.compile generates the receiver's blocks; ``auto`` is on with CUDA."""
 
+Attention = Literal["fused", "products"]
+"""How a receiver computes attention: by torch's fused operator, or by two batched products and a softmax."""
+
 StoredDtype = Literal["bf16", "fp16", "fp32"]
 """The numbers in which an activation store keeps representations."""
 

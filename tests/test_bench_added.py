@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, resnet18
 
+import fastsitch
 from fastsitch.benchmark.bare_products import BareProducts
 from fastsitch.chains.chain import Chain
 from fastsitch.errors import FailedError
@@ -96,11 +98,31 @@ def test_the_command_measures_a_pair_that_was_added(factory: Path, few: str, run
         assert 0 < group["memory"] < 2 * group["predicted_memory"]
         assert group["over_bare"]["median"] > 0
     assert "sweeps of receiver vit, batch 8, fp32 will use groups of up to" in done.stdout
+    rates, attention = content["tuning"]["rates"], content["tuning"]["attention"]
+    assert attention == max(("fused", "products"), key=lambda kind: rates[f"attention {kind}"])
+    assert f"compile off, attention {attention}" in done.stdout
     line = ["--senders", "mine", "--receivers", "vit", *options[:4]]
     swept = run_cli("sweep", *line, "--dry-run")
     assert swept.returncode == 0, swept.stderr
     tuned = content["tuning"]["group_size"]
     assert f"groups of up to {tuned} cells" in swept.stdout + swept.stderr
+    # the form of attention is frozen into a run, whatever is measured later
+    root = tmp_path / "work" / "fastsitch-data"
+    profile = json.loads((root / "profile.json").read_text())
+    profile["tunings"][0]["attention"] = "products"
+    (root / "profile.json").write_text(json.dumps(profile))
+    line = ["sweep", "--senders", "mine", "--receivers", "vit", *options[:4], "--epochs", "1", "--run", "one"]
+    ended = run_cli(*line)
+    assert ended.returncode == 0, ended.stderr
+    assert "attention by products: as in the profile" in ended.stderr
+    (root / "profile.json").unlink()
+    run = fastsitch.open_run("one", root=root)
+    assert run.resolved.attention == "products"
+    (unit,) = run.path.glob("units/*.npz")
+    first = np.load(unit)["accuracy"]
+    unit.unlink()
+    assert run_cli(*line).returncode == 0
+    assert np.array_equal(np.load(unit)["accuracy"], first)
     # and where nothing is known of a network
     missing = run_cli("bench", "--receiver", "other")
     assert missing.returncode == 2

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsitch.chains.chain import Chain
-from fastsitch.receivers import compiled_blocks
+from fastsitch.receivers import compiled_blocks, graph_segment
 from fastsitch.receivers.compiled_blocks import compile_blocks
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.frozen_segments import AutogradSegment
@@ -51,7 +51,8 @@ def passed(model: FrozenNetwork, counts: list[int], images: int, spoilt: int | N
 
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
-def test_stitches_get_the_logits_and_gradients_of_autograd(name: str) -> None:
+def test_stitches_get_the_logits_and_gradients_of_autograd(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graph_segment, "_MOST_IMAGES", {"cpu": 32})
     chain = receiver(name)
     before = copy.deepcopy(chain.state_dict())
     plain, graphs = both(chain)
@@ -59,9 +60,26 @@ def test_stitches_get_the_logits_and_gradients_of_autograd(name: str) -> None:
     # stitches into some positions alone, and micro-batches that are not whole
     counts = [2 if j % 3 == 0 else 0 for j in range(len(chain.positions))]
     counts[-1] += 1
+    assert all(segment.images <= 32 for segment in graphs.segments[1:] if isinstance(segment, GraphSegment))
     for expected, found in zip(passed(plain, counts, 35), passed(graphs, counts, 35), strict=True):
         assert (found - expected).norm() <= 1e-12 * expected.norm()
     assert all(torch.equal(tensor, before[key]) for key, tensor in chain.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@torch.no_grad()
+def test_attention_by_products_is_the_same(name: str) -> None:
+    chain = receiver(name)
+    plain, fused = both(chain)
+    products = use_graphs(FrozenNetwork(chain, dtype=torch.float64, device=CPU), chain, "products")
+    attending = [isinstance(segment, GraphSegment) and segment.attends for segment in fused.segments]
+    # torchvision's Swin multiplies by itself
+    assert any(attending) == (name == "vit")
+    assert all(isinstance(segment, GraphSegment) and not segment.attends for segment in products.segments[1:])
+    counts = [1] * len(chain.positions)
+    for expected, found in zip(passed(plain, counts, 9), passed(products, counts, 9), strict=True):
+        assert (found - expected).norm() <= 1e-12 * expected.norm()
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vit"])
@@ -103,6 +121,29 @@ def test_equal_blocks_are_one_program() -> None:
     # also of networks with other weights
     _, others = both(receiver("vit"))
     assert [segment._halves for segment in others.segments[1:]] == [segment._halves for segment in graphs.segments[1:]]
+
+
+def test_what_is_run_again_is_run_when_it_is_needed() -> None:
+    """Densely connected layers: all that comes before each of them, normalised, is computed again on the way back."""
+    _, graphs = both(receiver("densenet"))
+    blocks = [segment._halves for segment in graphs.segments if isinstance(segment, GraphSegment)]
+    again = 0
+    for halves in blocks:
+        nodes = list(halves.backward.graph.nodes)
+        place = {node: index for index, node in enumerate(nodes)}
+        first_gradient = place[next(node for node in reversed(nodes) if node.op == "placeholder")]
+        reads_gradient: set[object] = {nodes[first_gradient]}
+        for node in nodes:
+            if any(each in reads_gradient for each in node.all_input_nodes):
+                reads_gradient.add(node)
+        for node in nodes:
+            if node.op == "call_function" and node not in reads_gradient:
+                # up to the gradient that it is for, nothing but what that needs
+                end = min(place[user] for user in node.users)
+                between = nodes[place[node] + 1 : end]
+                assert not any(each in reads_gradient for each in between)
+                again += 1
+    assert again > 10
 
 
 @torch.no_grad()

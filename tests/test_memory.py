@@ -140,6 +140,51 @@ def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(case: str) -> 
     assert predicted == pytest.approx(measured, rel=0.1)
 
 
+MEASURE_GRAPHS = """
+import sys
+import torch
+from torchvision.models import get_model
+from fastsitch import Chain
+from fastsitch.benchmark.agreement import across
+from fastsitch.benchmark.bench_pair import Images, pair_of
+from fastsitch.benchmark.group_sizes import measured_memory, predicted_memory
+from fastsitch.benchmark.short_training import short_training
+from fastsitch.stitching.cells import Unit
+from fastsitch.stitching.geometry import Rules
+
+name, images = sys.argv[1], int(sys.argv[2])
+torch.manual_seed(0)
+chain = Chain.from_module(get_model(name, num_classes=10).eval(), torch.zeros(1, 3, 64, 64))
+given = Images(torch.randn(2 * images, 3, 64, 64), torch.randint(0, 10, (2 * images,)))
+pair = pair_of(
+    chain,
+    chain,
+    given,
+    given,
+    Unit(sender=name, receiver=name, setting="T2T", loss="task", seed=0),
+    batch_size=images,
+    dtype=torch.float32,
+    device=torch.device("cpu"),
+    rules=Rules(resample="area"),
+)
+cells = across(pair)
+short_training(pair, cells[-2:], 1)()
+print(predicted_memory(pair, cells), measured_memory(pair, cells))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="peaks are read from /proc")
+@pytest.mark.parametrize("case", ["resnet18 96", "mobilenet_v3_small 192"])
+def test_the_predicted_peak_of_graphs_is_within_a_tenth_of_the_measured_one(case: str) -> None:
+    line = [sys.executable, "-c", MEASURE_GRAPHS, *case.split()]
+    environment = cli_environment() | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    ended = subprocess.run(line, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    predicted, measured = map(int, ended.stdout.split())
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
 def test_predicted_memory_grows_with_stitches_and_images() -> None:
     sender, receiver = shapes("R1111"), shapes("R1112")
     early = [(i, 0) for i in range(5)]

@@ -25,11 +25,11 @@ from fastsitch.receivers.compiled_blocks import compile_blocks
 from fastsitch.receivers.contract import SegmentMemory
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.frozen_segments import frozen_copy
-from fastsitch.receivers.graph_segment import segment_costs, use_graphs
+from fastsitch.receivers.graph_segment import GraphSegment, segment_costs, use_graphs
 from fastsitch.runs.workbench import Networks
 from fastsitch.stitching.cells import Cell, Unit
 from fastsitch.stitching.geometry import DEFAULT_RULES, Geometry, Rules
-from fastsitch.vocabulary import DEFAULT_DATASET
+from fastsitch.vocabulary import DEFAULT_DATASET, Attention
 
 _REPRESENTATIONS_SHARE = 0.1
 """Of the free memory, for images and the sender's representations of them."""
@@ -75,6 +75,11 @@ class BenchPair:
     def small(self) -> bool:
         """Whether the receiver is a small ResNet, whose folded form is written by hand."""
         return isinstance(self.receiver, SmallResNet)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the receiver has attention in torch's fused form."""
+        return any(isinstance(segment, GraphSegment) and segment.attends for segment in self.frozen.segments)
 
     @property
     def segments(self) -> list[SegmentMemory] | None:
@@ -163,6 +168,7 @@ def make_bench_pair(
     compiled: bool = False,
     training_steps: int = 0,
     rules: Rules = DEFAULT_RULES,
+    attention: Attention = "fused",
 ) -> BenchPair:
     """A pair on the first images of its data set, as many as there are and as memory holds, but one batch at least.
 
@@ -199,6 +205,7 @@ def make_bench_pair(
         kernel=kernel,
         compiled=compiled,
         rules=rules,
+        attention=attention,
     )
 
 
@@ -223,10 +230,11 @@ def pair_of(
     kernel: str = "torch",
     compiled: bool = False,
     rules: Rules = DEFAULT_RULES,
+    attention: Attention = "fused",
 ) -> BenchPair:
     """A pair of two chains; raises ConfigError where a cell cannot be stitched by the ``rules``."""
     provider = FrozenNetwork(sender, dtype=dtype, device=device)
-    frozen = use_graphs(FrozenNetwork(receiver, dtype=dtype, device=device), receiver)
+    frozen = use_graphs(FrozenNetwork(receiver, dtype=dtype, device=device), receiver, attention)
     pair = BenchPair(
         sender=sender,
         receiver=receiver,

@@ -1,6 +1,7 @@
 """A training step of the sweep at several group sizes: whole, in its parts, and beside its products alone."""
 
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ from fastsitch.benchmark.bench_pair import BenchPair
 from fastsitch.benchmark.clock import Clock
 from fastsitch.benchmark.flops import stitch_flops
 from fastsitch.benchmark.peak_memory import peak_memory
+from fastsitch.benchmark.short_training import short_training
 from fastsitch.benchmark.timed_engine import PARTS, Engine
 from fastsitch.benchmark.timing_rounds import Spread, alternate, ratios
 from fastsitch.machine import available_memory
@@ -72,7 +74,7 @@ def fits(pair: BenchPair, group_sizes: Sequence[int]) -> bool:
 
 
 def predicted_memory(pair: BenchPair, group: Sequence[Cell]) -> int:
-    """Bytes of a step of one group at its peak, as a sweep plans them."""
+    """Bytes of training one group at its peak, as a sweep plans them."""
     kind = StepKind(
         images=pair.batch_size,
         itemsize=pair.dtype.itemsize,
@@ -88,12 +90,8 @@ def predicted_memory(pair: BenchPair, group: Sequence[Cell]) -> int:
 
 def measured_memory(pair: BenchPair, group: Sequence[Cell]) -> int | None:
     """The same, measured, in bytes; None where the system does not tell."""
-    batches = pair.batches(1)
-
-    def work() -> None:
-        Engine(pair, group).run(batches)
-
-    return peak_memory(work, pair.device)
+    # the optimizer has its momentum from the second step on
+    return peak_memory(short_training(pair, group, 2), pair.device)
 
 
 def measure_groups(
@@ -102,11 +100,17 @@ def measure_groups(
     repeats: int,
     report: Report = ignore,
 ) -> list[GroupMeasure]:
-    """Every group size in every round, alternating with its bare products, after a warm-up round; then its parts and
-    its memory.
+    """Every group size in every round, alternating with its bare products, after a warm-up round; the memory of a step
+    before, its parts after that.
 
     Groups smaller than a unit share the unit's cells, larger ones take the same cells with further seeds.
     """
+    memory: dict[int, int | None] = {}
+    for size in group_sizes:
+        first = split_groups(_cells(pair, size), size)[0]
+        # libraries make their workspaces
+        short_training(pair, first, 1)()
+        memory[size] = measured_memory(pair, first)
     works: dict[str, Callable[[], object]] = {}
     pools: dict[int, torch.Tensor] = {}
     flops: dict[int, int] = {}
@@ -128,12 +132,29 @@ def measure_groups(
             pair,
             size,
             flops[size],
+            memory[size],
             times[f"step {size}"][1:],
             times[f"bare {size}"][1:],
             _parts(pair, size, repeats),
         )
         for size in group_sizes
     ]
+
+
+def compare_pairs(
+    pairs: Mapping[str, BenchPair], group_size: int, repeats: int, report: Report = ignore
+) -> dict[str, float]:
+    """Images x cells per second of pairs with the same cells, in medians of alternating rounds after a first."""
+    works: dict[str, Callable[[], object]] = {}
+    for name, pair in pairs.items():
+        engine, batches = Engine(pair, _cells(pair, group_size), group_size), pair.batches(_steps(group_size))
+        works[name] = lambda engine=engine, batches=batches: engine.run(batches)  # type: ignore[misc]
+    (device,) = {pair.device for pair in pairs.values()}
+    times = alternate(works, repeats + 1, device, report)
+    return {
+        name: len(_cells(pair, group_size)) * pair.batch_size * _steps(group_size) / statistics.median(times[name][1:])
+        for name, pair in pairs.items()
+    }
 
 
 def _parts(pair: BenchPair, size: int, repeats: int) -> list[dict[str, float]]:
@@ -150,12 +171,17 @@ def _parts(pair: BenchPair, size: int, repeats: int) -> list[dict[str, float]]:
 
 
 def _measure(
-    pair: BenchPair, size: int, flops: int, steps: list[float], bares: list[float], parts: list[dict[str, float]]
+    pair: BenchPair,
+    size: int,
+    flops: int,
+    memory: int | None,
+    steps: list[float],
+    bares: list[float],
+    parts: list[dict[str, float]],
 ) -> GroupMeasure:
     cells, count = _cells(pair, size), _steps(size)
     samples = len(cells) * pair.batch_size
     step, bare = [time / count for time in steps], [time / count for time in bares]
-    first = split_groups(cells, size)[0]
     return GroupMeasure(
         group_size=size,
         cells=len(cells),
@@ -170,8 +196,8 @@ def _measure(
         flops_rate=Spread.of([flops / time for time in step]),
         fraction=ratios(bare, step),
         parts={part: Spread.of([found.get(part, 0.0) for found in parts]) for part in PARTS},
-        predicted_memory=predicted_memory(pair, first),
-        memory=measured_memory(pair, first),
+        predicted_memory=predicted_memory(pair, split_groups(cells, size)[0]),
+        memory=memory,
     )
 
 

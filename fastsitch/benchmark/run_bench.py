@@ -19,7 +19,7 @@ from fastsitch.benchmark.bandwidth import copy_bandwidth, scratch_folder, store_
 from fastsitch.benchmark.bench_config import BenchConfig
 from fastsitch.benchmark.bench_pair import BenchNetworks, BenchPair, make_bench_pair
 from fastsitch.benchmark.ceilings import Ceiling, measure_ceiling
-from fastsitch.benchmark.group_sizes import GroupMeasure, default_group_sizes, fits, measure_groups
+from fastsitch.benchmark.group_sizes import GroupMeasure, compare_pairs, default_group_sizes, fits, measure_groups
 from fastsitch.benchmark.study_projection import Projection, project
 from fastsitch.benchmark.time_peers import PeerMeasure, time_peers
 from fastsitch.benchmark.timing_rounds import Spread
@@ -43,7 +43,7 @@ from fastsitch.planning.machine_profile import Tuning, machine_name, save_tuning
 from fastsitch.progress import Progress, Report, ignore
 from fastsitch.root import Root
 from fastsitch.runs.workbench import Networks
-from fastsitch.vocabulary import DEFAULT_DATASET, Compile
+from fastsitch.vocabulary import DEFAULT_DATASET, Attention, Compile
 
 TRAINING_STEPS, TRAIN_IMAGES, TEST_IMAGES = 48, 2048, 512
 """The networks are trained for so many steps, so that accuracies say something; speed does not depend on it."""
@@ -178,6 +178,7 @@ def _bench_pair(
     device: torch.device,
     kernel: str,
     compiled: bool,
+    attention: Attention = "fused",
 ) -> BenchPair:
     return make_bench_pair(
         networks,
@@ -191,6 +192,7 @@ def _bench_pair(
         compiled=compiled,
         training_steps=TRAINING_STEPS,
         rules=config.rules,
+        attention=attention,
     )
 
 
@@ -223,7 +225,10 @@ def _tune(
     compiled: Compile,
     stage: Callable[[str], Report],
 ) -> Tuning:
-    """The fastest group size and, with CUDA, whether to compile: both were measured on one machine in one process."""
+    """The fastest group size, with CUDA whether to compile, and on a CPU how attention is computed.
+
+    All are measured on one machine in one process.
+    """
     rates = {str(measure.group_size): measure.rate.median for measure in groups}
     fastest = max(measure.rate.median for measure in groups)
     best = max(
@@ -237,6 +242,13 @@ def _tune(
         again = measure_groups(changed, [best.group_size], config.repeats, stage(f"compile {other}"))[0]
         rates[f"compile {compiled}"], rates[f"compile {other}"] = best.rate.median, again.rate.median
         choice = other if again.rate.median > best.rate.median else compiled
+    attention: Attention = "fused"
+    if pair.attends and pair.device.type == "cpu":
+        changed = _bench_pair(networks, config, pair.dtype, pair.device, pair.kernel, compiled == "on", "products")
+        works = {"attention fused": pair, "attention products": changed}
+        found = compare_pairs(works, best.group_size, config.repeats, stage("attention"))
+        rates |= found
+        attention = "products" if found["attention products"] > found["attention fused"] else "fused"
     return Tuning(
         receiver=None if pair.small else config.receiver,
         width=max(pair.source.shapes[0][0], pair.frozen.positions[0].rows[0]),
@@ -245,4 +257,5 @@ def _tune(
         group_size=best.group_size,
         compile=choice,
         rates=rates,
+        attention=attention,
     )

@@ -3,15 +3,12 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from fastsitch.activations.image_order import ImageOrder
-from fastsitch.activations.resident_source import ResidentSource, ResidentSplit
 from fastsitch.benchmark.agreement import ENGINE, PEERS, Agreement, Trainer
 from fastsitch.benchmark.bench_pair import BenchPair
+from fastsitch.benchmark.short_training import short_training
 from fastsitch.benchmark.timed_engine import Engine
 from fastsitch.benchmark.timing_rounds import Spread, alternate, ratios
 from fastsitch.progress import Report, ignore
-from fastsitch.stitching.engine import train_group
-from fastsitch.stitching.recipe import STITCH_RECIPES, TrainingRecipe
 from fastsitch.timing import seconds
 
 SWEEP = "fastsitch, evaluation included"
@@ -53,11 +50,8 @@ def time_peers(
         batches = pair.batches(count)
         works[name] = lambda trainer=trainer, batches=batches: trainer.run(batches)  # type: ignore[misc]
         steps[name] = count
-    source, recipe = _short_training(pair)
-    steps[SWEEP] = len(source.train) // recipe.batch_size
-    works[SWEEP] = lambda: train_group(
-        pair.frozen, source, cells, recipe, ImageOrder(seed=0), kernel=pair.kernel, rules=pair.rules
-    )
+    steps[SWEEP] = min(_SWEEP_STEPS, len(pair.source.train) // pair.batch_size)
+    works[SWEEP] = short_training(pair, cells, int(steps[SWEEP]))
     times = alternate(works, repeats, pair.device, report)
     samples = len(cells) * pair.batch_size
     per_step = {name: [time / steps[name] for time in rounds] for name, rounds in times.items()}
@@ -72,24 +66,3 @@ def time_peers(
         )
         for name in (ENGINE, SWEEP, *agreements)
     ]
-
-
-def _short_training(pair: BenchPair) -> tuple[ResidentSource, TrainingRecipe]:
-    """A few steps and the evaluation that belongs to them: one test image for ten trained on, as in ``small``."""
-    images = min(_SWEEP_STEPS * pair.batch_size, len(pair.source.train))
-    shapes = pair.source.shapes
-
-    def first(split: ResidentSplit, count: int) -> ResidentSplit:
-        return ResidentSplit({shape: split.stack(shape)[:, :count] for shape in shapes}, split.labels[:count])
-
-    source = ResidentSource(shapes, first(pair.source.train, images), first(pair.source.test, max(1, images // 10)))
-    small = STITCH_RECIPES["small"]
-    recipe = TrainingRecipe(
-        name=small.name,
-        epochs=1,
-        batch_size=pair.batch_size,
-        lr=small.lr,
-        momentum=small.momentum,
-        weight_decay=small.weight_decay,
-    )
-    return source, recipe

@@ -28,6 +28,7 @@ from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.runs.sweep_plan import SweepPlan
 from fastsitch.runs.workbench import Networks, Workbench
 from fastsitch.suggested_command import command
+from fastsitch.vocabulary import Attention
 
 log = logging.getLogger(__name__)
 
@@ -106,21 +107,21 @@ class Preparation:
             device,
             memory=self._memory,
             budget=budget,
-            segments=self._segments(),
+            segments=self._segments,
         )
         return Run.create(
             path,
             RunRecord(config=self._config, resolved=resolved, networks=self._inputs, data_hash=self._dataset.hash),
         )
 
-    def _segments(self) -> dict[NetworkName, Sequence[SegmentMemory]]:
+    def _segments(self, attention: Attention) -> dict[NetworkName, Sequence[SegmentMemory]]:
         """What a step takes for the segments of receivers that are no small ResNets."""
         config = self._config
         if config.loss != "task" or config.receiver_bn != "frozen":
             return {}
         dtype = DTYPES[resolve_precision(config.precision, self._device)]
         return {
-            name: segment_costs(self._networks.receiver(name, dtype, self._device))
+            name: segment_costs(self._networks.receiver(name, dtype, self._device, attention))
             for name in dict.fromkeys(unit.receiver_network for unit in self._plan.units)
             if not name.built_in
         }

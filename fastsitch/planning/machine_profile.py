@@ -5,14 +5,14 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from fastsitch.files import write_json
 from fastsitch.machine import processor, versions
 from fastsitch.typed_fields import typed
-from fastsitch.vocabulary import Compile
+from fastsitch.vocabulary import Attention, Compile
 
 log = logging.getLogger(__name__)
 
@@ -35,12 +35,15 @@ class Tuning:
     rates: dict[str, float]
     """Images x cells per second, by ``GROUP SIZE`` with the chosen ``compile``, the other one as ``compile on|off``."""
     receiver: str | None = None
+    attention: Attention = "fused"
 
     def __post_init__(self) -> None:
         if type(self.group_size) is not int or self.group_size < 1:
             raise ValueError(f"group_size {self.group_size!r}: expected a number from 1")
         if self.compile not in ("on", "off"):
             raise ValueError(f"compile {self.compile!r}: expected on or off")
+        if self.attention not in get_args(Attention):
+            raise ValueError(f"attention {self.attention!r}: expected one of {', '.join(get_args(Attention))}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,14 @@ def tuned_compile(tuning: Tuning | None, requested: Compile) -> Compile:
         return requested
     log.info("compile %s: as in the profile", tuning.compile)
     return tuning.compile
+
+
+def tuned_attention(tuning: Tuning | None) -> Attention:
+    """What was faster, or else the fused form."""
+    if tuning is None or tuning.attention == "fused":
+        return "fused"
+    log.info("attention by %s: as in the profile", tuning.attention)
+    return tuning.attention
 
 
 def profile_path(root: Path) -> Path:

@@ -1,7 +1,7 @@
 """What ``auto`` means for a sweep on this machine: the same rules for runs and for predictions."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,13 +10,13 @@ from fastsitch.errors import MemoryLimitError, argument
 from fastsitch.machine import resolve_compile, resolve_kernel, resolve_precision
 from fastsitch.network_names import NetworkName
 from fastsitch.planning.group_memory import Pair, StepKind, largest_group, matching_memory, smallest_group_memory
-from fastsitch.planning.machine_profile import Tuning, find_tuning, tuned_compile, tuned_group_size
+from fastsitch.planning.machine_profile import Tuning, find_tuning, tuned_attention, tuned_compile, tuned_group_size
 from fastsitch.planning.source_choice import SourceChoice
 from fastsitch.receivers.contract import SegmentMemory
 from fastsitch.runs.run_record import Resolved
 from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.runs.sweep_plan import SweepPlan
-from fastsitch.vocabulary import Compile
+from fastsitch.vocabulary import Attention, Compile
 
 log = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ def resolve(
     *,
     memory: str,
     budget: int,
-    segments: Segments | None = None,
+    segments: Callable[[Attention], Segments] | None = None,
 ) -> Resolved:
     """Everything that ``auto`` chooses, given the source and the bytes a sweep may take (``memory``, as asked for).
 
-    ``segments``: what those of receivers take that are no small ResNets.
+    ``segments``: what those of receivers take that are no small ResNets, by the form of attention.
 
     Raises MemoryLimitError when a budget that was named does not hold a single cell.
     """
@@ -49,14 +49,17 @@ def resolve(
     kernel = resolve_kernel(config.kernel, device)
     compile = _resolve_compile(config, tuning, device)
     step = step_kind(config, device, precision, kernel, compile)
+    attention = tuned_attention(tuning)
+    costs = {} if segments is None else segments(attention)
     return Resolved(
         device=device.type,
         precision=precision,
         kernel=kernel,
         compile=compile,
-        group_size=_group_size(plan, step, tuning, budget - source.memory, segments or {}, memory=memory),
+        group_size=_group_size(plan, step, tuning, budget - source.memory, costs, memory=memory),
         source=source.name,
         sources=source.others,
+        attention=attention,
     )
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from fastsitch.stitching.cells import Unit, split_groups
 from fastsitch.stitching.geometry import Operand
 from fastsitch.stitching.stitch_schedule import training_steps
 from fastsitch.timing import median_seconds
-from fastsitch.vocabulary import SourceName
+from fastsitch.vocabulary import Attention, SourceName
 
 ASSUMED_WIDTH = 64
 """Width of a network that is not trained yet: that of the published study."""
@@ -131,7 +131,7 @@ def estimate_sweep(
     budget = memory_budget(memory, available_memory(torch_device), torch_device.type)
     free_disk = free_space(root.disk)
     source = choose_source(config, costs, available=budget, free_disk=free_disk)
-    segments = _segments(root, plan, dtype, torch_device)
+    segments = cache(partial(_segments, root, plan, dtype, torch_device))
     resolved = resolve(root.path, plan, source, torch_device, memory=memory, budget=budget, segments=segments)
     units = _UnitEstimates(plan, networks, data, resolved).all()
     flops_rate = convolution_rate(torch_device, dtype)
@@ -150,7 +150,7 @@ def estimate_sweep(
             for name, sender in costs.senders.items()
         ],
         flops_rate=flops_rate,
-        memory=source.memory + _step_memory(plan, resolved, torch_device, segments),
+        memory=source.memory + _step_memory(plan, resolved, torch_device, segments(resolved.attention)),
         available=available_memory(torch_device),
         disk=_stores(costs, source) + sum(unit.results for unit in units),
         free_disk=free_disk,
@@ -165,7 +165,7 @@ def _stores(costs: SourceCosts, source: SourceChoice) -> int:
     return made + (costs.expected if source.name != "live" else 0)
 
 
-def _segments(root: Root, plan: SweepPlan, dtype: torch.dtype, device: torch.device) -> Segments:
+def _segments(root: Root, plan: SweepPlan, dtype: torch.dtype, device: torch.device, attention: Attention) -> Segments:
     """What a step takes for the segments of receivers that are no small ResNets, where their weights are there."""
     config = plan.config
     if config.loss != "task" or config.receiver_bn != "frozen":
@@ -177,7 +177,7 @@ def _segments(root: Root, plan: SweepPlan, dtype: torch.dtype, device: torch.dev
             chain = load_network(folder, name).chain
             remedy = f"use {argument('precision', 'fp32')}"
             network = working_network(chain, str(name), remedy, dtype=dtype, device=device)
-            found[name] = segment_costs(use_graphs(network, chain))
+            found[name] = segment_costs(use_graphs(network, chain, attention))
     return found
 
 

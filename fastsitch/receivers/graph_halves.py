@@ -1,5 +1,6 @@
 """A frozen graph and the gradient of its images, as two programs with as little kept between them as can be."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastsitch.receivers.any_batch import AnyBatch, trace_any_batch, zeros_like
+from fastsitch.receivers.attention import FUSED_ATTENTION
 from fastsitch.receivers.frozen_graph import FrozenGraph
 from fastsitch.receivers.gradient_sums import stack_selected
 from fastsitch.receivers.graph_memory import SPEC, bytes_per_image, is_view, working_bytes
@@ -31,10 +33,7 @@ _NEVER_TWICE = (
     aten.bmm.default,
     aten.baddbmm.default,
     aten.max_pool2d_with_indices.default,
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+    *FUSED_ATTENTION,
     aten._softmax.default,
 )
 """Operations that take too long to be run again on the way back."""
@@ -83,7 +82,7 @@ def halve(frozen: FrozenGraph, device: torch.device) -> GraphHalves:
     graph.eliminate_dead_code()
     kept = _kept(graph, constants, x, behind, specs)
     forward = _extract(graph, [images, *constants, x], (y, tuple(kept)))
-    backward = _extract(graph, [images, *constants, x, *kept, g], g_x)
+    backward = _extract(graph, [images, *constants, x, *kept, g], g_x, behind)
     kept_bytes = sum(bytes_per_image(joint.specs[node]) for node in kept)
     return GraphHalves(
         infer,
@@ -186,8 +185,14 @@ def _bytes(value: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tree_leaves(value) if isinstance(tensor, Tensor))
 
 
-def _extract(graph: fx.Graph, inputs: list[fx.Node], output: Any) -> fx.GraphModule:
-    """What computes ``output`` from ``inputs``."""
+def _extract(
+    graph: fx.Graph, inputs: list[fx.Node], output: Any, in_order: Container[fx.Node] | None = None
+) -> fx.GraphModule:
+    """What computes ``output`` from ``inputs``.
+
+    Operations that are not ``in_order``, where that is given, are run when their results are first needed, so that
+    these are held no longer than that.
+    """
     part = fx.Graph()
     made = {node: part.placeholder(f"given_{index}") for index, node in enumerate(inputs)}
     needed: set[fx.Node] = set()
@@ -197,11 +202,31 @@ def _extract(graph: fx.Graph, inputs: list[fx.Node], output: Any) -> fx.GraphMod
         if node not in made and node not in needed:
             needed.add(node)
             waiting += node.all_input_nodes
-    for node in graph.nodes:
-        if node in needed:
-            made[node] = part.node_copy(node, lambda argument: made[argument])
-            # strides may be others than those of the traced tensors
-            if node.target in (aten.view.default, aten._unsafe_view.default):
-                made[node].target = aten.reshape.default
+    order = [node for node in graph.nodes if node in needed]
+    if in_order is not None:
+        order = _when_needed(order, in_order)
+    for node in order:
+        made[node] = part.node_copy(node, lambda argument: made[argument])
+        # strides may be others than those of the traced tensors
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            made[node].target = aten.reshape.default
     part.output(tree_map_only(fx.Node, made.__getitem__, output))
     return fx.GraphModule({}, part)
+
+
+def _when_needed(nodes: list[fx.Node], in_order: Container[fx.Node]) -> list[fx.Node]:
+    """The same nodes, those that are not ``in_order`` right before the first of the others that needs them."""
+    place = {node: index for index, node in enumerate(nodes)}
+    chosen: dict[fx.Node, None] = {}
+    for node in nodes:
+        if node not in in_order:
+            continue
+        late = {node}
+        waiting = [node]
+        while waiting:
+            for needed in waiting.pop().all_input_nodes:
+                if needed in place and needed not in chosen and needed not in late:
+                    late.add(needed)
+                    waiting.append(needed)
+        chosen.update(dict.fromkeys(sorted(late, key=place.__getitem__)))
+    return list(chosen)

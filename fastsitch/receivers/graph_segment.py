@@ -9,11 +9,13 @@ from torch import Tensor
 from fastsitch.chains.chain import Chain
 from fastsitch.chains.vet_chain import different_images
 from fastsitch.networks.resnet import SmallResNet
+from fastsitch.receivers.attention import has_fused_attention
 from fastsitch.receivers.contract import Saved, SegmentMemory
 from fastsitch.receivers.convolution import accumulation_dtype
 from fastsitch.receivers.frozen_network import FrozenNetwork
 from fastsitch.receivers.frozen_segments import AutogradHead, AutogradSegment
 from fastsitch.receivers.residual_block import CHUNK_BYTES, write_gradient
+from fastsitch.vocabulary import Attention
 
 if TYPE_CHECKING:
     from fastsitch.receivers.graph_halves import GraphHalves
@@ -40,6 +42,11 @@ class GraphSegment:
         self._infer: Callable[..., Any] = halves.infer
         self._forward: Callable[..., Any] = halves.forward
         self._backward: Callable[..., Any] = halves.backward
+
+    @property
+    def attends(self) -> bool:
+        """Whether it has attention in torch's fused form."""
+        return has_fused_attention(self._halves.infer.graph)
 
     @property
     def cost(self) -> SegmentMemory:
@@ -119,7 +126,7 @@ class GraphHead:
         self._segment.backward_again(g.to(self._dtype), x, rectified)
 
 
-def use_graphs(network: FrozenNetwork, chain: Chain) -> FrozenNetwork:
+def use_graphs(network: FrozenNetwork, chain: Chain, attention: Attention = "fused") -> FrozenNetwork:
     """Let segments and head of ``network``, the frozen form of ``chain``, that run through autograd run as graphs.
 
     Not the first segment: stitches replace its output. What cannot be traced, or gives other values or gradients than
@@ -137,13 +144,15 @@ def use_graphs(network: FrozenNetwork, chain: Chain) -> FrozenNetwork:
             out = position.empty(len(x), network.dtype, network.device)
             segment.infer(x, out, len(x))
             if j > 0 and isinstance(segment, AutogradSegment):
-                made = as_graph(segment, chain.segments[j], x, out, f"what leads to position {position.name}")
+                made = as_graph(
+                    segment, chain.segments[j], x, out, f"what leads to position {position.name}", attention
+                )
                 network.segments[j] = made or segment
             x = out
         if isinstance(network.head, AutogradHead):
             logits = network.head.module(x)
             head = AutogradSegment(chain.head, x.dtype, x.device)
-            found = as_graph(head, chain.head, x, logits, "the head")
+            found = as_graph(head, chain.head, x, logits, "the head", attention)
             if found is None:
                 network.head.cost = _at_once(head.cost)
             else:

@@ -7,11 +7,13 @@ from torch import Tensor, fx, nn
 
 from fastsitch.chains.trace import first_line
 from fastsitch.receivers.affine_folding import fold_affine
+from fastsitch.receivers.attention import traced_attention
 from fastsitch.receivers.convolution import accumulation_dtype
 from fastsitch.receivers.frozen_graph import FrozenGraph, trace_frozen
 from fastsitch.receivers.frozen_segments import AutogradSegment, frozen_copy
 from fastsitch.receivers.graph_halves import GraphHalves, halve
 from fastsitch.receivers.graph_segment import GraphSegment
+from fastsitch.vocabulary import Attention
 
 log = logging.getLogger(__name__)
 
@@ -23,14 +25,17 @@ _halves: dict[str, GraphHalves] = {}
 """Of all graphs that this process has made."""
 
 
-def as_graph(segment: AutogradSegment, module: nn.Module, x: Tensor, out: Tensor, what: str) -> GraphSegment | None:
+def as_graph(
+    segment: AutogradSegment, module: nn.Module, x: Tensor, out: Tensor, what: str, attention: Attention
+) -> GraphSegment | None:
     """A segment, the frozen form of ``module``, as a graph; None, with a line in the log, where that cannot be.
 
     ``x`` and ``out`` are some images and their outputs; in the log the segment is called ``what``.
     """
     exact = frozen_copy(module, accumulation_dtype(x.dtype), x.device)
     try:
-        graph = trace_frozen(segment.module, exact, x)
+        with traced_attention(attention):
+            graph = trace_frozen(segment.module, exact, x)
         fold_affine(graph)
         # equal blocks, of one network and of several, are one program with other weights
         shape = f"{x.device}\n{_described(graph)}"

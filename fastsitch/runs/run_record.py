@@ -12,7 +12,7 @@ from fastsitch.machine import versions
 from fastsitch.network_names import NetworkName
 from fastsitch.runs.sweep_config import SweepConfig
 from fastsitch.typed_fields import typed
-from fastsitch.vocabulary import Compile, Kernel, SourceName
+from fastsitch.vocabulary import Attention, Compile, Kernel, SourceName
 
 FORMAT = 1
 
@@ -80,15 +80,18 @@ class Resolved:
     source: SourceName
     sources: dict[str, SourceName] = field(default_factory=dict)
     """By network, where another one was better."""
+    attention: Attention = "fused"
+    """Of receivers that run as graphs."""
 
     def source_of(self, network: NetworkName) -> SourceName:
         """Where the representations of a network come from."""
         return self.sources.get(str(network), self.source)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; as it was when all networks had one source."""
+        """For JSON; as it was when all networks had one source, and attention one form."""
         content = asdict(self)
-        return content if self.sources else {key: content[key] for key in content if key != "sources"}
+        usual = {"sources": {}, "attention": "fused"}
+        return {key: value for key, value in content.items() if usual.get(key) != value}
 
 
 @dataclass(frozen=True, kw_only=True)

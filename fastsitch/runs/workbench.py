@@ -25,7 +25,7 @@ from fastsitch.root import Root
 from fastsitch.runs.continue_run import require_same_data
 from fastsitch.runs.run import Run
 from fastsitch.runs.run_record import NetworkInput
-from fastsitch.vocabulary import SourceName
+from fastsitch.vocabulary import Attention, SourceName
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class Networks:
         self._root = root
         self._run = run
         self._loaded: dict[NetworkName, Network] = {}
-        self._frozen: dict[tuple[NetworkName, torch.dtype, torch.device], FrozenNetwork] = {}
+        self._frozen: dict[tuple[NetworkName, torch.dtype, torch.device, Attention], FrozenNetwork] = {}
 
     def load(self, name: NetworkName) -> Network:
         """A network in memory; raises NetworkError, or RunError where it is not what the run began with."""
@@ -51,12 +51,14 @@ class Networks:
             self._loaded[name] = network
         return self._loaded[name]
 
-    def receiver(self, name: NetworkName, dtype: torch.dtype, device: torch.device) -> FrozenNetwork:
+    def receiver(
+        self, name: NetworkName, dtype: torch.dtype, device: torch.device, attention: Attention
+    ) -> FrozenNetwork:
         """A network that gradients pass through, its segments as graphs; made once."""
-        key = (name, dtype, device)
+        key = (name, dtype, device, attention)
         if key not in self._frozen:
             chain = self.load(name).chain
-            self._frozen[key] = use_graphs(FrozenNetwork(chain, dtype=dtype, device=device), chain)
+            self._frozen[key] = use_graphs(FrozenNetwork(chain, dtype=dtype, device=device), chain, attention)
         return self._frozen[key]
 
     def _other_test_images(self, network: Network) -> bool:
@@ -148,7 +150,8 @@ class Workbench:
     def _receiver(self, name: NetworkName) -> Receiver:
         config = self.run.config
         if config.receiver_bn == "frozen" and config.loss == "task":
-            return self._compiled(self.networks.receiver(name, self.dtype, self.device))
+            attention = self.run.resolved.attention
+            return self._compiled(self.networks.receiver(name, self.dtype, self.device, attention))
         chain = self.networks.load(name).chain
         if config.receiver_bn == "frozen":
             return self._compiled(FrozenNetwork(chain, dtype=self.dtype, device=self.device))
@@ -156,7 +159,8 @@ class Workbench:
 
     def freeze(self, chain: Chain) -> FrozenNetwork:
         """A chain in the run's precision, that gradients pass through; compiled where the run is."""
-        return self._compiled(use_graphs(FrozenNetwork(chain, dtype=self.dtype, device=self.device), chain))
+        frozen = FrozenNetwork(chain, dtype=self.dtype, device=self.device)
+        return self._compiled(use_graphs(frozen, chain, self.run.resolved.attention))
 
     def _compiled(self, network: FrozenNetwork) -> FrozenNetwork:
         return compile_blocks(network) if self.run.resolved.compile == "on" else network
