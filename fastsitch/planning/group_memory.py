@@ -24,6 +24,9 @@ _SHARE = {"cpu": 0.75, "cuda": 0.9}
 _OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
 """Workspaces of the libraries, and what the allocator keeps: measured on the CPU, assumed on CUDA."""
 
+_GRAPH_OVERHEAD = {"cpu": 16 * 10**6, "cuda": 512 * 10**6}
+"""The same where segments are graphs, which convolve fewer images at a time."""
+
 _EVALUATION_OVERHEAD = {"cpu": 36 * 10**6, "cuda": 512 * 10**6}
 """The same where the receiver only evaluates."""
 
@@ -140,14 +143,20 @@ def group_memory(
         ]
     else:
         temporaries = [_temporaries(sizes[j - 1], sizes[j], carried[j], kind) for j in range(1, len(sizes))]
+    parameters = _parameters(cells, sender, receiver, kind)
+    overhead = _EVALUATION_OVERHEAD if kind.regresses else _OVERHEAD
+    if segments is not None and not kind.regresses:
+        overhead = _GRAPH_OVERHEAD
+        # of the parameters' copies, that of the results is made when what is kept is gone
+        kept = max(0, kept - (_stitch_bytes(cells, sender, receiver, kind) if kind.device == "cpu" else 0))
     return (
         kept
-        + _parameters(cells, sender, receiver, kind)
+        + parameters
         + _inputs(cells, sender, receiver, kind)
         # those, and the mean and deviation of the last batch
         + (2 * statistics_bytes(cells, receiver) if kind.batch_statistics else 0)
         + max(temporaries, default=0)
-        + (_EVALUATION_OVERHEAD if kind.regresses else _OVERHEAD)[kind.device]
+        + overhead[kind.device]
     )
 
 
@@ -229,10 +238,17 @@ def _parameters(
     cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
 ) -> int:
     """Masters, gradients and momentum in fp32, a copy in the compute dtype; on the CPU also the results."""
-    master = max(4, kind.itemsize)
+    masters = _stitch_bytes(cells, sender, receiver, kind)
+    cast = masters * kind.itemsize // 4 if kind.itemsize < 4 else 0
+    return (4 if kind.device == "cpu" else 3) * masters + cast
+
+
+def _stitch_bytes(
+    cells: Sequence[tuple[int, int]], sender: Sequence[Shape], receiver: Sequence[Shape], kind: StepKind
+) -> int:
+    """Weights and biases in the dtype of the masters."""
     parameters = sum(Geometry.between(sender[i], receiver[j], kind.rules).parameters for i, j in cells)
-    copies = (4 if kind.device == "cpu" else 3) * master
-    return parameters * (copies + (kind.itemsize if kind.itemsize < master else 0))
+    return parameters * max(4, kind.itemsize)
 
 
 def _inputs(
