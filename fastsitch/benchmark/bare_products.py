@@ -1,4 +1,7 @@
-"""The lower bound: the receiver's frozen products alone, forward and gradient of activations."""
+"""What remains if all else takes no time: the receiver's frozen products alone, forward and gradient of activations.
+
+They run on whole batches. That is no strict bound: in micro-batches, which stay in the cache, some are faster.
+"""
 
 import itertools
 from collections.abc import Callable, Sequence

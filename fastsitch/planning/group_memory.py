@@ -25,7 +25,7 @@ _OVERHEAD = {"cpu": 64 * 10**6, "cuda": 512 * 10**6}
 """Workspaces of the libraries, and what the allocator keeps: measured on the CPU, assumed on CUDA."""
 
 _GRAPH_OVERHEAD = {"cpu": 16 * 10**6, "cuda": 512 * 10**6}
-"""The same where segments are graphs, which convolve fewer images at a time."""
+"""The same where segments are graphs: measured on a CPU in fp32, assumed on CUDA."""
 
 _EVALUATION_OVERHEAD = {"cpu": 36 * 10**6, "cuda": 512 * 10**6}
 """The same where the receiver only evaluates."""
